@@ -1,0 +1,7 @@
+"""NarVid: text-video retrieval with frame-level captions (Hur et al., CVPR 2025)."""
+
+__version__ = "0.1.0"
+
+
+class InputError(ValueError):
+    """A user's mistake in a file, a flag or the data: one sentence that names it, shown without a traceback."""

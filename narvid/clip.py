@@ -1,0 +1,199 @@
+"""The two CLIP towers, through open_clip: frames -> (N, D), tokens -> eos (N, D) and words (N, T, D).
+
+Lives here: which architectures are accepted, where weights come from and which activation they need, and running the
+text tower on the words present. Not here: tokenising (datasets.py), anything NarVid adds (model.py), devices, ranks.
+
+Legend: N frames or texts, T tokens of a text (start and end included), D joint dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import CLIP
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+ARCHIVE_KEYS = ("input_resolution", "context_length", "vocab_size")  # only OpenAI's own archives carry them
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """All that is needed to build the towers again without a flag or a download; plain values, stored in checkpoints."""
+
+    embed_dim: int
+    vision_cfg: dict
+    text_cfg: dict
+    quick_gelu: bool = False
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.vision_cfg.get("image_size", 224)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the text tower has positions for."""
+        return self.text_cfg.get("context_length", 77)
+
+
+def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None = None, *,
+              half: bool = False) -> tuple[CLIP, ClipConfig]:
+    """The towers of open_clip's model `name` (or of a model config in a .json file), with weights where given.
+
+    pretrained: an open_clip tag ("openai", "laion2b_s34b_b79k", ...), or a file: OpenAI's TorchScript archive, a state
+    dict, or safetensors. OpenAI's weights need QuickGELU and look like those that do not: the tag or the archive's own
+    extra keys decide; a bare state dict says nothing, then `quick_gelu` must be given.
+    Raises ValueError with one sentence for what cannot be built or loaded.
+    """
+    architecture = _architecture(name)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    state, needs_quick_gelu = None, None
+    if pretrained is not None and Path(pretrained).is_file():
+        state, needs_quick_gelu = read_weights(pretrained)
+        if needs_quick_gelu is None and quick_gelu is None and not architecture.get("quick_gelu"):
+            raise ValueError(f"{pretrained}: nothing in this file tells whether its weights were trained with QuickGELU; "
+                             "add --quick_gelu (OpenAI's and everything fine-tuned from them) or --no-quick_gelu (LAION's)")
+    elif pretrained is not None:
+        tag = get_pretrained_cfg(name, pretrained)
+        if not tag:
+            raise ValueError(f"--clip_pretrained {pretrained}: no such file, and not one of open_clip's weights for {name} "
+                             f"({', '.join(list_pretrained_tags_by_model(name)) or 'it has none'})")
+        try:
+            state, _ = read_weights(download_pretrained(tag))
+        except Exception as error:  # whatever the network or the hub's client raises: the user's next step is the same
+            raise ValueError(f"the weights {pretrained} of {name} could not be downloaded ({error}); "
+                             "give a file to --clip_pretrained instead") from error
+        needs_quick_gelu = bool(tag.get("quick_gelu", False))
+        mean, std = tuple(tag.get("mean") or mean), tuple(tag.get("std") or std)
+
+    if needs_quick_gelu is not None and quick_gelu is not None and needs_quick_gelu != quick_gelu:
+        raise ValueError(f"{pretrained} was trained with{'' if needs_quick_gelu else 'out'} QuickGELU; "
+                         f"drop --{'' if quick_gelu else 'no-'}quick_gelu")
+    chosen = next((x for x in (quick_gelu, needs_quick_gelu) if x is not None), architecture.get("quick_gelu", False))
+    config = ClipConfig(architecture["embed_dim"], architecture["vision_cfg"], architecture["text_cfg"], chosen, mean, std)
+    towers = build_towers(config, half=half)
+    if state is not None:
+        load_weights(towers, state, source=pretrained)
+    return towers, config
+
+
+def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
+    """open_clip's CLIP with random weights; ValueError unless it is a ViT with the plain causal text tower.
+
+    `half` builds LayerNorms that compute in fp32 between fp16 weights (see optim.to_half).
+    """
+    settings = asdict(config)
+    mean, std = settings.pop("mean"), settings.pop("std")
+    towers = CLIP(**settings, cast_dtype=torch.float16 if half else None)
+    plain = (isinstance(towers.visual, VisionTransformer) and towers.attn_mask is not None
+             and towers.text_pool_type == "argmax" and isinstance(towers.text_projection, torch.nn.Parameter))
+    if not plain:
+        raise ValueError("the towers must be a ViT and a causal text transformer pooled at the end token, as OpenAI's "
+                         "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    towers.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+    towers.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+    return towers
+
+
+def encode_frames(towers: CLIP, frames: Tensor) -> Tensor:
+    """frames (N, 3, H, W) uint8 -> (N, D). Normalises here, so that the loader and the bus carry bytes."""
+    dtype = towers.visual.conv1.weight.dtype
+    return towers.visual(((frames - towers.pixel_mean) / towers.pixel_std).to(dtype))
+
+
+def encode_text(towers: CLIP, tokens: Tensor, *, words: bool = True) -> tuple[Tensor, Tensor | None]:
+    """tokens (N, T), zero-padded after the end token -> eos (N, D) and every projected word (N, T, D).
+
+    T may be anything up to the context length: positions and causal mask are cut, so the cost is that of the words
+    present. What stands after the end token cannot reach it through the causal mask. `words=False` skips the words.
+    """
+    length = tokens.shape[1]
+    dtype = towers.transformer.get_cast_dtype()
+    x = towers.token_embedding(tokens).to(dtype) + towers.positional_embedding[:length].to(dtype)  # (N, T, width)
+    x = towers.transformer(x, attn_mask=towers.attn_mask[:length, :length])
+    end = tokens.argmax(dim=1)  # the end token has the largest id
+    rows = torch.arange(len(tokens), device=tokens.device)
+    if not words:
+        return towers.ln_final(x[rows, end]) @ towers.text_projection, None
+    projected = towers.ln_final(x) @ towers.text_projection  # (N, T, D)
+    return projected[rows, end], projected
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool | None]:
+    """A weights file -> its state dict in fp32 with CLIP's keys, and whether it needs QuickGELU (None: it does not say).
+
+    Takes TorchScript archives, safetensors and state dicts (bare or under "state_dict"; "module." is stripped).
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            state = load_file(path)
+        elif _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each raise their own
+        raise ValueError(f"{path}: not a TorchScript archive, state dict or safetensors file ({error})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    from_openai = any(key in state for key in ARCHIVE_KEYS)
+    state = {key: value.float() for key, value in state.items() if key not in ARCHIVE_KEYS}
+    return state, True if from_openai else None
+
+
+def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Strict loading that says in one sentence what does not fit (ValueError naming `source`)."""
+    own = module.state_dict()
+    differ = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if differ:
+        key = differ[0]
+        raise ValueError(f"{source}: weights of another shape: {key} is {tuple(state[key].shape)} in the file and "
+                         f"{tuple(own[key].shape)} in the model ({len(differ)} differ); name the model they belong to")
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(f"{source}: weights of another model: {len(missing)} are missing {missing[:3]}, "
+                         f"{len(unknown)} are not known {unknown[:3]}")
+    module.load_state_dict(state)
+
+
+def _architecture(name: str) -> dict:
+    """The open_clip model config of a name or a .json file."""
+    if name.endswith(".json"):
+        try:
+            architecture = json.loads(Path(name).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--clip_model {name}: cannot be read as an open_clip model config ({error})") from error
+    else:
+        architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        raise ValueError(f"--clip_model {name}: open_clip knows no such model; for example ViT-B-32, ViT-B-16, ViT-L-14, "
+                         "or a path to a model config in .json")
+    absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
+    if absent:
+        raise ValueError(f"--clip_model {name}: the model config has no {', '.join(absent)}")
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    if ("timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in architecture
+            or architecture.get("custom_text") or not isinstance(vision.get("layers", 12), int)):
+        raise ValueError(f"--clip_model {name}: only ViTs with the plain causal text tower are supported, as OpenAI's and "
+                         "LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    return architecture
+
+
+def _is_torchscript(path: Path) -> bool:
+    """torch.save and torch.jit.save both write zip files; only the second holds constants.pkl."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -1,0 +1,255 @@
+"""From {train,val,test}.jsonl, frames and narrations to batches: one Split, one Dataset and one collate for every corpus.
+
+Strings and paths end here; nothing below sees them. Which frames and which sentences is decided once, by the same
+indices, when a split is loaded (a sentence belongs to a frame by its time).
+
+Legend: B queries, V videos, K frames of a video and sentences of its narration, L words of a query, M tokens of a
+sentence, U distinct sentences of a batch. Masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from . import InputError
+from .frames import check_jpg, frame_path, pick_frames, read_frames
+from .narrations import Narration, join
+
+
+class Split(NamedTuple):
+    """One jsonl joined with its frames and sentences."""
+
+    queries: list[str]  # B
+    video_of_query: np.ndarray  # (B,) index into videos
+    videos: list[str]  # V
+    frames_dir: Path
+    picks: list[list[int]]  # V lists of at most K frame numbers
+    sentences: list[list[str | None]] | None  # V lists as long as picks; None: no sentence for this frame
+    skipped: list[str]  # videos left out for want of a narration
+
+
+class Batch(NamedTuple):
+    """What the loader yields; tensors for the model, `item` and `video` to know what they are."""
+
+    item: Tensor  # (N,) index of the query in training, of the video in evaluation
+    video: Tensor  # (N,) index of the video
+    tokens: Tensor | None  # (B, L); None in evaluation, where queries and videos are encoded apart
+    word_mask: Tensor | None  # (B, L)
+    frames: Tensor  # (V, K, 3, H, W) uint8
+    mask: Tensor  # (V, K)
+    sentences: Tensor | None  # (U, M) tokens: each distinct sentence once
+    sentence_of_frame: Tensor | None  # (V, K) index into sentences
+    narration_mask: Tensor | None  # (V, K)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[str, list[float]], *, max_frames: int,
+               narrations: Mapping[str, Narration] | None = None, narrations_path: str | Path = "",
+               missing_narration: str = "error") -> Split:
+    """Read {"video", "query"} lines and pick at most `max_frames` frames a video, with the sentence of each.
+
+    frame_times: video -> time in s of every extracted frame. narrations None: the narration is not used.
+    missing_narration: "error" or "skip-video" for videos without a single sentence. InputError for everything amiss.
+    """
+    pairs = _read_pairs(Path(path))
+    skipped: set[str] = set()
+    picks, sentences, index = [], [], {}
+    for number, video, _ in pairs:
+        if video in index or video in skipped:
+            continue
+        times = frame_times.get(video)
+        if times is None:
+            raise InputError(f"{path}, line {number}: video {video} has no frames in {frames_dir}; extract them "
+                             "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
+        picked = pick_frames(len(times), max_frames)
+        told = None
+        if narrations is not None:
+            if video in narrations:
+                told = join(narrations[video], [times[i] for i in picked], times, video=video, path=narrations_path)
+            if told is None or not any(told):
+                if missing_narration == "error":
+                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); narrate "
+                                     "it, or leave such videos out with --missing_narration skip-video")
+                skipped.add(video)
+                continue
+            sentences.append(told)
+        index[video] = len(index)
+        picks.append(picked)
+    pairs = [(video, query) for _, video, query in pairs if video in index]
+    if not pairs:
+        raise InputError(f"{path}: no query is left, all {len(skipped)} videos lack a narration in {narrations_path}")
+    return Split([query for _, query in pairs], np.array([index[video] for video, _ in pairs]), list(index),
+                 Path(frames_dir), picks, sentences if narrations is not None else None, sorted(skipped))
+
+
+def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
+    """(line number, video, query) of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with data/prepare_<corpus>.py") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}); prepare the annotations again") from error
+        for key in ("video", "query"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
+                raise InputError(f'{path}, line {number}: no "{key}"; a line is {{"video": id, "query": text}}')
+        pairs.append((number, entry["video"], entry["query"]))
+    if not pairs:
+        raise InputError(f"{path}: is empty; prepare the annotations again")
+    return pairs
+
+
+def check_frames(split: Split, *, quiet: bool = False) -> None:
+    """Look at every picked jpg before training starts: InputError naming the first that is missing or not whole."""
+    paths = [frame_path(split.frames_dir, video, i) for video, picks in zip(split.videos, split.picks) for i in picks]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in tqdm(pool.map(check_jpg, paths, chunksize=256), total=len(paths), desc="check frames", unit="frame",
+                      disable=quiet or len(paths) < 10_000, leave=False):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------------ items
+
+
+class FrameDataset(Dataset):
+    """Item i: the picked frames of video `video_of_item[i]`, (K_v, 3, size, size) uint8.
+
+    Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache` keeps
+    decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
+    """
+
+    def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False):
+        self.split, self.video_of_item, self.size = split, video_of_item, size
+        self.cached = None
+        if cache:
+            longest = max(map(len, split.picks))
+            self.cached = torch.empty(len(split.videos), longest, 3, size, size, dtype=torch.uint8).share_memory_()
+            self.filled = torch.zeros(len(split.videos), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.video_of_item)
+
+    def __getitem__(self, i: int) -> tuple[int, int, Tensor]:
+        video = int(self.video_of_item[i])
+        picks = self.split.picks[video]
+        if self.cached is not None and self.filled[video]:
+            return i, video, self.cached[video, :len(picks)]
+        frames = read_frames([frame_path(self.split.frames_dir, self.split.videos[video], k) for k in picks], self.size)
+        if self.cached is not None:
+            self.cached[video, :len(picks)] = frames
+            self.filled[video] = True  # last: another worker may look at any moment
+        return i, video, frames
+
+
+def collate(items: list[tuple[int, int, Tensor]], *, split: Split, max_words: int, max_frames: int,
+            with_queries: bool) -> Batch:
+    """Items -> Batch. Frames are padded to max_frames and masked; text is as long as the longest of the batch."""
+    item, video = (torch.tensor([x[j] for x in items]) for j in (0, 1))
+    frames = items[0][2].new_zeros(len(items), max_frames, *items[0][2].shape[1:])  # (V, K, 3, H, W)
+    mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real frame
+    for row, (_, _, real) in enumerate(items):
+        frames[row, :len(real)] = real
+        mask[row, :len(real)] = True
+    tokens = word_mask = sentences = sentence_of_frame = narration_mask = None
+    if with_queries:
+        tokens, word_mask = tokenize([split.queries[i] for i in item.tolist()], max_words)
+    if split.sentences is not None:
+        number: dict[str, int] = {}
+        sentence_of_frame = torch.zeros(len(items), max_frames, dtype=torch.long)
+        narration_mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real sentence
+        for row, v in enumerate(video.tolist()):
+            for k, sentence in enumerate(split.sentences[v]):
+                if sentence is not None:
+                    sentence_of_frame[row, k] = number.setdefault(sentence, len(number))
+                    narration_mask[row, k] = True
+        sentences, _ = tokenize(list(number), max_words)
+    return Batch(item, video, tokens, word_mask, frames, mask, sentences, sentence_of_frame, narration_mask)
+
+
+def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
+    """CLIP's BPE: start token, word pieces cut to max_words - 2, end token -> tokens (N, T), mask (N, T) True = a word.
+
+    T is the longest of these texts. The padding id 0 is also that of "!", so the mask comes from the end token.
+    """
+    tokens = _tokenizer()(texts, context_length=max_words)
+    end = tokens.argmax(dim=1)
+    tokens = tokens[:, :int(end.max()) + 1]
+    return tokens, torch.arange(tokens.shape[1]) <= end[:, None]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():
+    return open_clip.SimpleTokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------- loaders
+
+
+class PairSampler(Sampler):
+    """This rank's part of each global batch of query indices, the same global batches for any number of ranks.
+
+    The order of an epoch comes from (seed, epoch) alone. One optimiser step takes `batch_size` queries over all ranks in
+    `accumulation` micro-batches; what does not fill a last batch is dropped. `set(epoch, step)` says where to go on.
+    """
+
+    def __init__(self, n: int, batch_size: int, *, rank: int, world_size: int, seed: int, accumulation: int = 1):
+        if batch_size % (world_size * accumulation):
+            raise InputError(f"--batch_size {batch_size} is global and must divide by {world_size} processes x "
+                             f"{accumulation} accumulation steps")
+        if n < batch_size:
+            raise InputError(f"{n} training pairs do not fill one batch of {batch_size} (on {world_size} processes); "
+                             "lower --batch_size or the number of processes")
+        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
+        self.seed, self.accumulation = seed, accumulation
+        self.epoch = self.step = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.n // self.batch_size
+
+    def set(self, epoch: int, step: int) -> None:
+        """The next iteration gives epoch `epoch` from optimiser step `step` on."""
+        self.epoch, self.step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        micro = self.batch_size // self.accumulation
+        part = micro // self.world_size
+        for start in range(self.step * self.batch_size, self.steps * self.batch_size, micro):
+            yield order[start + self.rank * part:][:part].tolist()
+
+
+def make_loader(dataset: FrameDataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
+    """DataLoader over `sampler`, which yields lists of items."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)

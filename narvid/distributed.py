@@ -1,0 +1,124 @@
+"""The only file that knows rank and world size: start, gather with gradient, sharing work, speaking with one voice.
+
+Works three ways without a flag: plain python (one process), torchrun on CPU (gloo), torchrun on GPUs (nccl).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .model import Queries, Videos
+
+
+class World(NamedTuple):
+    """This process among all: rank in 0..size-1, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start() -> World:
+    """Join the process group that torchrun describes in the environment, if there is one."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks; backward sums every rank's gradient of this rank's part.
+
+    Each rank computes the loss of the whole batch, so its own part receives world_size times the gradient; DDP's mean
+    over ranks divides by the same number. What remains is exactly the gradient of one process with the whole batch.
+    (Both spellings in torch.distributed.nn warn as deprecated.)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.rows:][:ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """(N, ...) of each rank, the same N on all -> (world * N, ...), in order of rank, with gradient."""
+    if not dist.is_initialized():
+        return x
+    return _Gather.apply(x) if x.is_floating_point() else torch.cat(_all_gather(x))
+
+
+def gather_features(queries: Queries, videos: Videos) -> tuple[Queries, Videos]:
+    """The local part of a batch -> the global batch, with gradient; words are padded to the longest query of all ranks."""
+    if not dist.is_initialized():
+        return queries, videos
+    length = torch.tensor(queries.words.shape[1], device=queries.words.device)
+    dist.all_reduce(length, dist.ReduceOp.MAX)
+    padding = int(length) - queries.words.shape[1]
+    words = torch.nn.functional.pad(queries.words, (0, 0, 0, padding))
+    word_mask = torch.nn.functional.pad(queries.word_mask, (0, padding))
+    word_weights = queries.word_weights
+    if word_weights is not None:
+        word_weights = gather(torch.nn.functional.pad(word_weights, (0, padding)))
+    queries = Queries(gather(queries.eos), gather(words), gather(word_mask), word_weights)
+    return queries, Videos(*(None if x is None else gather(x) for x in videos))
+
+
+def share(n: int, world: World) -> range:
+    """This rank's contiguous part of n items; parts differ by at most one."""
+    return range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+
+
+def collect(part: Tensor, n: int, world: World) -> Tensor:
+    """The parts that `share` gave out, (about n / world, ...) each -> the whole (n, ...) on every rank; no gradient."""
+    if world.size == 1:
+        return part
+    longest = -(-n // world.size)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[:len(part)] = part
+    parts = _all_gather(padded)
+    return torch.cat([x[:len(share(n, world._replace(rank=rank)))] for rank, x in enumerate(parts)])
+
+
+def agree(error: str | None, world: World) -> str | None:
+    """The first rank's error, if any rank has one, on every rank: all stop together and nobody waits for a dead peer."""
+    if world.size == 1:
+        return error
+    errors: list[str | None] = [None] * world.size
+    dist.all_gather_object(errors, error)
+    return next((e for e in errors if e), None)
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def _all_gather(x: Tensor) -> list[Tensor]:
+    as_bytes = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+    parts = [torch.empty_like(as_bytes) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, as_bytes)
+    return [part.to(x.dtype) for part in parts]

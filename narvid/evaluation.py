@@ -1,0 +1,129 @@
+"""Evaluation: encode every query and every video once, score in blocks, fuse, rank, print the table.
+
+The same functions as in training do the scoring; the work is shared among ranks. Nothing here reads flags or writes files.
+
+Legend: B queries, V videos, K frames, L words, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import InputError, fusion
+from .datasets import FrameDataset, Split, collate, make_loader, tokenize
+from .distributed import World, collect, share
+from .metrics import retrieval_metrics
+from .model import Videos
+from .similarity import match
+
+MATRICES = ("S_qv", "S_qn", "S_sum", "S_fusion")  # the rows of Table 10
+
+
+class Encoding(NamedTuple):
+    """How a split is turned into features: everything the trainer's flags say about it."""
+
+    image_size: int
+    max_words: int
+    max_frames: int
+    batch_size: int  # videos, or queries, at a time
+    num_workers: int
+    autocast: Callable  # () -> context manager for the towers and heads
+    matching: dict  # keyword arguments of similarity.match
+
+
+@torch.no_grad()
+def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Videos:
+    """Every video of the split once -> enhanced features of all V videos, on every rank."""
+    if len(split.videos) < world.size:
+        raise InputError(f"{len(split.videos)} videos cannot be shared among {world.size} processes; start fewer")
+    mine = share(len(split.videos), world)
+    dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.image_size)
+    batches = [list(mine)[i:i + encoding.batch_size] for i in range(0, len(mine), encoding.batch_size)]
+    to_batch = partial(collate, split=split, max_words=encoding.max_words, max_frames=encoding.max_frames,
+                       with_queries=False)
+    loader = make_loader(dataset, to_batch, batches, num_workers=encoding.num_workers)
+    parts = []
+    for batch in tqdm(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
+        batch = batch.to(world.device)
+        with encoding.autocast():
+            parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
+                                             batch.narration_mask))
+    return Videos(*(None if column[0] is None else collect(torch.cat(column), len(split.videos), world)
+                    for column in zip(*parts)))
+
+
+@torch.no_grad()
+def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding, world: World) -> dict[str, Tensor]:
+    """Every query once, against all videos -> {"video": (B, V), "narration": (B, V)} fp32 on the CPU of every rank."""
+    mine = share(len(queries), world)
+    tokens = [tokenize(queries[i:min(i + 1024, mine.stop)], encoding.max_words)
+              for i in range(mine.start, mine.stop, 1024)]
+    lengths = torch.cat([mask.sum(dim=1) for _, mask in tokens]) if tokens else torch.zeros(0)
+    views = ("video",) if videos.narration is None else ("video", "narration")
+    scores = {view: torch.zeros(len(mine), len(videos.mask)) for view in views}
+    order = lengths.argsort(stable=True)  # queries of like length together: little padding
+    bar = tqdm(order.split(encoding.batch_size), desc="score queries", unit="batch", leave=False, disable=world.rank > 0)
+    for rows in bar:
+        some, mask = tokenize([queries[mine.start + i] for i in rows.tolist()], encoding.max_words)
+        with encoding.autocast():
+            encoded = model.encode_queries(some.to(world.device), mask.to(world.device))
+        for view, part in match(encoded, videos, block=encoding.batch_size, **encoding.matching).items():
+            scores[view][rows] = part.float().cpu()
+    return {view: collect(part.to(world.device), len(queries), world).cpu() for view, part in scores.items()}
+
+
+def combine(scores: dict[str, Tensor], weight: float, statistics: fusion.Statistics | None = None) -> dict[str, Tensor]:
+    """The four matrices of Table 10, (B, V) each; S_qv alone where there is no narration view."""
+    if "narration" not in scores:
+        return {"S_qv": scores["video"]}
+    s_video, s_narration = scores["video"], scores["narration"]
+    return {"S_qv": s_video, "S_qn": s_narration, "S_sum": s_video + s_narration,
+            "S_fusion": fusion.fuse(s_video, s_narration, weight, statistics)}
+
+
+def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float) -> dict[str, dict]:
+    """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}."""
+    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores, weight).items()}
+
+
+def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float, scale: float) -> dict[str, dict]:
+    """The same table after DSL on each view: over queries for text-to-video, over videos for video-to-text."""
+    directions = {"text_to_video": "queries", "video_to_text": "videos"}
+    tables = {direction: table_of_matrices({view: fusion.dsl(s, scale, over) for view, s in scores.items()},
+                                           video_of_query, weight) for direction, over in directions.items()}
+    return {name: {direction: tables[direction][name][direction] for direction in directions}
+            for name in tables["text_to_video"]}
+
+
+def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_query: np.ndarray,
+                 weight: float) -> dict[str, dict]:
+    """Text-to-video after QB-Norm of each of the four matrices; `bank` holds other queries' scores of the same videos.
+
+    The bank is fused with the statistics of the test matrices, so that both live on one scale.
+    """
+    statistics = None
+    if "narration" in scores:
+        statistics = (fusion.statistics(scores["video"]), fusion.statistics(scores["narration"]))
+    banks = combine(bank, weight, statistics)
+    return {name: {"text_to_video": retrieval_metrics(fusion.qb_norm(s, banks[name]).numpy(),
+                                                      video_of_query)["text_to_video"]}
+            for name, s in combine(scores, weight).items()}
+
+
+def format_table(metrics: dict[str, dict], title: str) -> str:
+    """The metrics as a table of fixed width: a row a matrix, both directions side by side."""
+    columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
+    directions = [d for d in ("text_to_video", "video_to_text") if d in next(iter(metrics.values()))]
+    head = " | ".join(f"{d.replace('_', '-'):^34}" for d in directions)
+    lines = [title, f"{'':9}| {head}", f"{'':9}| " + " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)]
+    for name, result in metrics.items():
+        cells = ["".join(f"{result[d][c]:7.1f}" for c in columns)[1:] for d in directions]
+        lines.append(f"{name:9}| " + " | ".join(cells))
+    return "\n".join(lines)

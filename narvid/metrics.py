@@ -1,0 +1,63 @@
+"""Similarity matrix and ground truth in, retrieval metrics out. numpy only; nothing here knows a model or a file.
+
+B queries, V videos. R@K in percent (higher is better); MdR and MnR, the median and mean rank (1 is best).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray) -> dict[str, dict[str, float]]:
+    """Both directions of retrieval.
+
+    similarity (B, V), higher is more alike; video_of_query (B,) the index of each query's video, any number of queries a
+    video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}.
+    Ties count against: the rank is the number of candidates that score at least as high as the right one.
+    Video-to-text (many captions a video): each video's best caption competes with every other video's best caption;
+    a video without a caption is a candidate for queries but asks nothing itself.
+    NaN, an empty matrix, a wrong shape or an index out of range raise ValueError.
+    """
+    similarity, video_of_query = _checked(similarity, video_of_query)
+    return {"text_to_video": summarise(text_to_video_ranks(similarity, video_of_query)),
+            "video_to_text": summarise(video_to_text_ranks(similarity, video_of_query))}
+
+
+def text_to_video_ranks(similarity: np.ndarray, video_of_query: np.ndarray) -> np.ndarray:
+    """Rank of each query's own video among all videos, from 1. (B, V), (B,) -> (B,) int."""
+    right = similarity[np.arange(len(similarity)), video_of_query]
+    return (similarity >= right[:, None]).sum(axis=1)
+
+
+def video_to_text_ranks(similarity: np.ndarray, video_of_query: np.ndarray) -> np.ndarray:
+    """Rank of each captioned video's own best caption among every captioned video's best caption, from 1.
+
+    (B, V), (B,) -> (number of captioned videos,) int, in the order of their index.
+    """
+    order = np.argsort(video_of_query, kind="stable")
+    captioned, first = np.unique(video_of_query[order], return_index=True)
+    best = np.maximum.reduceat(similarity[order], first, axis=0)[:, captioned]  # (captions of video u, asking video v)
+    return (best >= np.diagonal(best)).sum(axis=0)
+
+
+def summarise(ranks: np.ndarray) -> dict[str, float]:
+    """Ranks from 1 (N,) -> R@1, R@5, R@10 in percent, median and mean rank."""
+    result = {f"R@{k}": float(100 * np.mean(ranks <= k)) for k in (1, 5, 10)}
+    return result | {"MdR": float(np.median(ranks)), "MnR": float(np.mean(ranks))}
+
+
+def _checked(similarity: np.ndarray, video_of_query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    similarity, video_of_query = np.asarray(similarity), np.asarray(video_of_query)
+    if similarity.ndim != 2 or 0 in similarity.shape:
+        raise ValueError(f"similarity must be a non-empty (queries, videos) matrix, not {similarity.shape}")
+    if video_of_query.shape != similarity.shape[:1] or not np.issubdtype(video_of_query.dtype, np.integer):
+        raise ValueError(f"video_of_query must hold one integer for each of the {len(similarity)} queries, "
+                         f"not {video_of_query.dtype} {video_of_query.shape}")
+    if video_of_query.min() < 0 or video_of_query.max() >= similarity.shape[1]:
+        raise ValueError(f"video_of_query must lie in 0..{similarity.shape[1] - 1}, "
+                         f"not {video_of_query.min()}..{video_of_query.max()}")
+    bad = np.isnan(similarity)
+    if bad.any():
+        raise ValueError(f"similarity has {bad.sum()} NaN values, the first at (query, video) "
+                         f"{tuple(int(i) for i in np.argwhere(bad)[0])}: the model diverged or a feature is missing")
+    return similarity, video_of_query

@@ -1,0 +1,294 @@
+"""The paper's model, top to bottom: co-attention (Eq. 2), temporal encoders (Eq. 3), word weights, NarVid.
+
+Everything with a parameter that is not CLIP lives here, and nothing that sees a query and a video at once: the model
+returns features, never a similarity (that is similarity.py). No devices, no ranks, no paths.
+
+Legend: B queries, V videos, K frames of a video and sentences of its narration (one a frame), L words of a query,
+M tokens of a sentence, D joint dimension. Masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clip import encode_frames, encode_text, load_weights
+
+MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-modal interaction, filtering, hard negatives
+
+
+class Queries(NamedTuple):
+    """What the joint sees of B queries."""
+
+    eos: Tensor  # (B, D)
+    words: Tensor  # (B, L, D)
+    word_mask: Tensor  # (B, L) bool; start and end token count as words
+    word_weights: Tensor | None  # (B, L), rows sum to 1; None where fine matching is off
+
+
+class Videos(NamedTuple):
+    """What the joint sees of V videos: enhanced features."""
+
+    frames: Tensor  # (V, K, D)
+    narration: Tensor | None  # (V, K, D); None where narration matching is off
+    mask: Tensor  # (V, K) bool
+    narration_mask: Tensor | None  # (V, K) bool; False also where a real frame has no sentence
+
+
+@dataclass(frozen=True)
+class NarVidConfig:
+    """Sizes of the heads. `modules` are Table 3's; what is off is not built.
+
+    temporal_layers, positions and dropout are the family's values, not the paper's words; temperature is App. B.2's.
+    """
+
+    dim: int
+    modules: tuple[str, ...] = MODULES
+    temporal_layers: int = 4
+    positions: int = 77
+    dropout: float = 0.1
+    temperature: float = 0.1
+
+    def __post_init__(self):
+        if self.dim % 64:
+            raise ValueError(f"the joint dimension must be a multiple of 64 (heads of 64), not {self.dim}")
+        for module in ("CMI", "CVH"):
+            if module in self.modules and "NM" not in self.modules:
+                raise ValueError(f"module {module} works on the narration and needs NM")
+
+
+# ---------------------------------------------------------------------------------------------------- co-attention
+
+
+class CoAttentionStream(nn.Module):
+    """One side of the co-attention block: its projections, output and feed-forward; post-LN."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_attention = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.norm_feed_forward = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, other: Tensor, other_stream: CoAttentionStream, other_mask: Tensor) -> Tensor:
+        """x asks, the other stream answers with its own keys and values. (V, K, D) -> (V, K, D)."""
+        heads = (other.shape[0], other.shape[1], -1, 64)
+        query, key, value = (y.view(heads).transpose(1, 2) for y in (
+            self.query(x), other_stream.key(other), other_stream.value(other)))  # (V, heads, K, 64)
+        some = other_mask.any(dim=1)[:, None, None]  # (V, 1, 1)
+        answer = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=(other_mask[:, None] | ~some)[:, None],
+            dropout_p=self.dropout.p if self.training else 0.0)
+        # A video without one sentence hears nothing, instead of the NaN of a softmax over no key.
+        answer = answer.transpose(1, 2).flatten(2) * some
+        x = self.norm_attention(x + self.dropout(self.out(answer)))
+        return self.norm_feed_forward(x + self.dropout(self.feed_forward(x)))
+
+
+class CoAttention(nn.Module):
+    """Eq. 2: one two-stream block after ViLBERT; frames ask the narration, the narration asks the frames."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.frames = CoAttentionStream(dim, dropout)
+        self.narration = CoAttentionStream(dim, dropout)
+        self.apply(_init_linear)
+
+    def forward(self, frames: Tensor, narration: Tensor, mask: Tensor, narration_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """frames, narration (V, K, D); masks (V, K) -> both enhanced (V, K, D)."""
+        return (self.frames(frames, narration, self.narration, narration_mask),
+                self.narration(narration, frames, self.frames, mask))
+
+
+# ------------------------------------------------------------------------------------------------ temporal encoders
+
+
+class TemporalBlock(nn.Module):
+    """Pre-LN transformer block with QuickGELU; names as in CLIP, so that its text blocks load into it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim, eps=1e-12)  # the family's eps: 1e-5 moves released checkpoints' logits
+        self.attn = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
+        self.ln_2 = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """x (V, K, D), padding (V, K) True = no key -> (V, K, D)."""
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, key_padding_mask=padding, need_weights=False)[0]
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+
+
+class TemporalEncoder(nn.Module):
+    """Eq. 3: learned positions, blocks, and the input as residual (CLIP4Clip's seqTransf)."""
+
+    def __init__(self, dim: int, layers: int, positions: int):
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(positions, dim))
+        self.blocks = nn.ModuleList(TemporalBlock(dim) for _ in range(layers))
+        self.apply(_init_linear)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (V, K, D), mask (V, K) -> (V, K, D)."""
+        padding = ~mask & mask.any(dim=1, keepdim=True)  # no key at all would be NaN; nothing reads such a video's rows
+        h = x + self.positions[:x.shape[1]]
+        for block in self.blocks:
+            h = block(h, padding)
+        return x + h
+
+    def start_from_text_tower(self, clip: nn.Module) -> bool:
+        """Copy CLIP's text positions and first blocks, as the family does; False where the widths differ."""
+        if clip.positional_embedding.shape[1] != self.positions.shape[1]:
+            return False
+        with torch.no_grad():
+            n = min(len(self.positions), len(clip.positional_embedding))
+            self.positions[:n] = clip.positional_embedding[:n]
+        for block, text_block in zip(self.blocks, clip.transformer.resblocks):
+            block.load_state_dict(text_block.state_dict())
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+
+class Heads(nn.Module):
+    """All that NarVid adds to CLIP."""
+
+    def __init__(self, config: NarVidConfig):
+        super().__init__()
+        self.config = config
+        dim, temporal = config.dim, (config.dim, config.temporal_layers, config.positions)
+        # Two temporal encoders where Eq. 3 prints one: frames and sentences get their own, as in the released model.
+        self.temporal_frames = TemporalEncoder(*temporal)
+        if "CMI" in config.modules:
+            self.co_attention = CoAttention(dim, config.dropout)
+            self.temporal_narration = TemporalEncoder(*temporal)
+        if "NM" in config.modules:
+            self.word_weight_mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(_init_linear)
+
+    def co_attend(self, frames: Tensor, narration: Tensor, mask: Tensor, narration_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 2. frames, narration (V, K, D); masks (V, K) -> both (V, K, D)."""
+        return self.co_attention(frames, narration, mask, narration_mask)
+
+    def enhance(self, frames: Tensor, narration: Tensor | None, mask: Tensor, narration_mask: Tensor | None) -> Videos:
+        """Eqs. 2-3: CLIP features (V, K, D) -> enhanced features; never sees a query, so it runs once a video."""
+        if "CMI" in self.config.modules:
+            frames, narration = self.co_attend(frames, narration, mask, narration_mask)
+            narration = self.temporal_narration(narration, narration_mask)
+        return Videos(self.temporal_frames(frames, mask), narration, mask, narration_mask)
+
+    def word_weights(self, words: Tensor, word_mask: Tensor) -> Tensor:
+        """App. A: how much each word counts in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
+        logits = _widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
+        return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=1).to(words.dtype)
+
+    def start_from_text_tower(self, clip: nn.Module) -> bool:
+        """Start the temporal encoders from CLIP's text tower; False (nothing done) where the widths differ."""
+        encoders = [m for m in self.children() if isinstance(m, TemporalEncoder)]
+        return all([encoder.start_from_text_tower(clip) for encoder in encoders])
+
+
+class NarVid(nn.Module):
+    """The towers and the heads: tokens and pixels -> Queries and Videos."""
+
+    def __init__(self, clip: nn.Module, config: NarVidConfig):
+        super().__init__()
+        self.clip = clip
+        self.heads = Heads(config)
+
+    def forward(self, tokens: Tensor, word_mask: Tensor, frames: Tensor, mask: Tensor, sentences: Tensor | None,
+                sentence_of_frame: Tensor | None, narration_mask: Tensor | None) -> tuple[Queries, Videos, Tensor]:
+        """A training batch -> its features and the logit scale; arguments as in `encode_queries` and `encode_videos`."""
+        return (self.encode_queries(tokens, word_mask),
+                self.encode_videos(frames, mask, sentences, sentence_of_frame, narration_mask),
+                self.clip.logit_scale.exp())
+
+    def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
+        """tokens (B, L), word_mask (B, L) -> Queries."""
+        fine = "NM" in self.heads.config.modules
+        eos, words = encode_text(self.clip, tokens)
+        eos, words = _widen(eos), _widen(words)
+        return Queries(eos, words, word_mask, self.heads.word_weights(words, word_mask) if fine else None)
+
+    def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None, sentence_of_frame: Tensor | None,
+                      narration_mask: Tensor | None) -> Videos:
+        """frames (V, K, 3, H, W) uint8, mask (V, K) -> Videos.
+
+        sentences (U, M): the distinct sentences of the batch, each encoded once; sentence_of_frame (V, K) says which of
+        them stands beside each frame; narration_mask (V, K). All three None where narration matching is off.
+        """
+        features = _widen(encode_frames(self.clip, frames[mask]))  # the real frames only
+        video = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
+        video[mask] = features
+        narration = None
+        if "NM" in self.heads.config.modules:
+            eos, _ = encode_text(self.clip, sentences, words=False)  # (U, D)
+            narration = _widen(eos)[sentence_of_frame]  # (V, K, D)
+        return self.heads.enhance(video, narration, mask, narration_mask)
+
+
+# ------------------------------------------------------------------------------------------------ released weights
+
+
+def heads_from_release(state_dict: dict[str, Tensor]) -> Heads:
+    """Heads in eval mode from a released NarVid checkpoint (FIELD_NOTES 9); sizes are read off the shapes.
+
+    CLIP's keys and the parameters that the release builds but never uses are ignored. Raises ValueError naming what is
+    missing or of another shape.
+    """
+    state = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix("module.")
+        for pattern, replacement in _RELEASED_NAMES:
+            renamed, hit = re.subn(f"^{pattern}", replacement, key)
+            if hit:
+                state[renamed] = value
+                break
+    anchors = ("temporal_frames.positions", "word_weight_mlp.0.weight")
+    if any(key not in state for key in anchors):
+        raise ValueError("no released NarVid checkpoint: frame_position_embeddings.weight or text_weight_fc.0.weight is missing")
+    positions, dim = state[anchors[0]].shape
+    blocks = {key.split(".")[2] for key in state if key.startswith("temporal_frames.blocks.")}
+    heads = Heads(NarVidConfig(dim=dim, temporal_layers=len(blocks), positions=positions))
+    dtype = state[anchors[1]].dtype
+    heads = heads.to(dtype if dtype == torch.float64 else torch.float32)
+    load_weights(heads, state, source="released checkpoint")
+    return heads.eval()
+
+
+_BLOCK = r"co_connetion_transformer_model_block\.0\."  # the release's own spelling
+_RELEASED_NAMES = [
+    *[(_BLOCK + pattern.format(n=n, v=v), f"co_attention.{stream}.{name}")
+      for stream, n, v in (("frames", 1, "v"), ("narration", 2, "t"))
+      for pattern, name in ((r"biattention\.(query|key|value){n}\.", r"\1."), (r"biOutput\.dense{n}\.", "out."),
+                            (r"biOutput\.LayerNorm{n}\.", "norm_attention."),
+                            (r"{v}_intermediate\.dense\.", "feed_forward.0."), (r"{v}_output\.dense\.", "feed_forward.2."),
+                            (r"{v}_output\.LayerNorm\.", "norm_feed_forward."))],
+    (r"frame_position_embeddings\.weight", "temporal_frames.positions"),
+    (r"caption_position_embeddings\.weight", "temporal_narration.positions"),
+    (r"transformerClip\.resblocks\.", "temporal_frames.blocks."),
+    (r"transformerCaption\.resblocks\.", "temporal_narration.blocks."),
+    (r"text_weight_fc\.", "word_weight_mlp."),
+]
+
+
+def _widen(x: Tensor) -> Tensor:
+    """Half precision -> fp32: towers may compute in fp16 or bf16, softmaxes and all that follows the joint do not."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _init_linear(module: nn.Module) -> None:
+    """The family's initialisation: N(0, 0.02), biases 0 (attention's packed projections included)."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.MultiheadAttention):
+        nn.init.normal_(module.in_proj_weight, std=0.02)

@@ -1,0 +1,132 @@
+"""The run directory: the only place that writes to disk during training.
+
+    runs/<name>/config.yaml     every flag, resolved, and the commit
+                log.txt         what was printed
+                results.jsonl   one evaluation a line
+                last.pt         all that an exact resume needs
+                best.pt         all that evaluation needs: the selected model
+
+Files are written under a temporary name and renamed, so that a kill at any moment leaves whole files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from . import InputError
+
+# Flags that may differ between a run and its continuation: they do not change what is computed.
+FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "log_every", "save_every", "tensorboard")
+
+
+class RunDir:
+    """One run on disk. Only the process with `writes` True touches it."""
+
+    def __init__(self, path: str | Path, config: dict, *, resume: bool, writes: bool, tensorboard: bool = False):
+        self.path, self.writes, self.board = Path(path), writes, None
+        if not writes:
+            return
+        config = json.loads(json.dumps(config))  # tuples become lists, as YAML gives them back
+        if (self.path / "config.yaml").exists():
+            self._check_same_run(config, resume)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"--output_dir {self.path}: holds files but no run; choose an empty or a new folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._replace("config.yaml", lambda f: f.write(
+            f"# commit: {_commit()}\n{yaml.safe_dump(config, sort_keys=True)}".encode()))
+        if tensorboard:
+            self.board = _tensorboard(self.path)
+
+    def log(self, text: str) -> None:
+        """Print and append to log.txt."""
+        if self.writes:
+            tqdm.write(text)  # above a progress bar, not through it
+            with open(self.path / "log.txt", "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Curves for TensorBoard, where it was asked for."""
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def write_results(self, results: list[dict]) -> None:
+        """Rewrite results.jsonl: after a resume it must not keep evaluations of steps that are run again."""
+        if self.writes:
+            self._replace("results.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in results).encode()))
+
+    def final_result(self) -> dict | None:
+        """The last line of results.jsonl if the run has ended, else None."""
+        path = self.path / "results.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        last = json.loads(lines[-1]) if lines else {}
+        return last if last.get("final") else None
+
+    def save(self, name: str, state: dict) -> None:
+        """A checkpoint."""
+        if self.writes:
+            self._replace(name, lambda f: torch.save(state, f))
+
+    def save_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Similarity matrices as .npz."""
+        if self.writes:
+            self._replace(name, lambda f: np.savez(f, **arrays))
+
+    def load(self, name: str) -> dict | None:
+        """A checkpoint of this run, or None where there is none yet."""
+        path = self.path / name
+        return load_checkpoint(path) if path.exists() else None
+
+    def _replace(self, name: str, write: Callable) -> None:
+        temporary = self.path / f".{name}.tmp"
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, self.path / name)
+
+    def _check_same_run(self, config: dict, resume: bool) -> None:
+        if not resume:
+            raise InputError(f"--output_dir {self.path}: holds another run; choose a new folder, or continue it with "
+                             "--resume auto")
+        before = yaml.safe_load((self.path / "config.yaml").read_text())
+        changed = [k for k in sorted(before.keys() | config.keys())
+                   if k not in FREE_TO_CHANGE and before.get(k) != config.get(k)]
+        if changed:
+            what = ", ".join(f"--{k} {before.get(k)} there, {config.get(k)} here" for k in changed[:4])
+            raise InputError(f"--output_dir {self.path}: holds another run ({what}); a run continues with its own flags")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of ours, or a bare state dict (a released one), without executing anything in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own
+        raise InputError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: is no checkpoint but a {type(state).__name__}")
+    return state
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    got = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, text=True)
+    return got.stdout.strip() or "unknown"
+
+
+def _tensorboard(path: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs TensorBoard: pip install 'narvid[tensorboard]' or pip install tensorboard") from error
+    return SummaryWriter(str(path))

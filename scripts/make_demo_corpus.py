@@ -1,0 +1,495 @@
+"""The embedded corpus: real video files that the project generates itself, annotated in MSR-VTT's own formats.
+
+    python scripts/make_demo_corpus.py videos  --out demo          # videos/, annotations/, truth.jsonl
+    python scripts/make_demo_corpus.py narrate --out demo          # narrations.jsonl, once the frames are extracted
+
+A video is three events one after the other on one background. An event is a coloured shape doing something somewhere:
+8 colours x 6 shapes x 5 actions x 5 places. A query (grammar A) names two of the three events, in order; a narration
+(grammar B) has one sentence a frame, written by an imperfect captioner simulated from the stored truth. The grammars
+share no word for a colour, shape, action or place. Everything depends on the seed and the video's number alone, so
+neither the order nor the number of workers matters.
+
+What lives here: the grammars, the drawing, the encoding, the annotation files. What must not: anything training reads
+that a real corpus does not have. `truth.jsonl` is for the simulated captioner and the tests only.
+"""
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
+
+from narvid import InputError
+
+SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
+EVENTS, CAPTIONS = 3, 20  # of each video
+GENERATOR = 1  # raised when the same seed would give another corpus
+TRUTH_STREAM, PICTURE_STREAM, QUERY_STREAM, NARRATION_STREAM = range(4)  # independent random numbers of one video
+
+# ------------------------------------------------------------------------------------------------- the two grammars
+ATTRIBUTES = ("colour", "shape", "action", "place")
+RGB = {
+    "red": (215, 30, 35), "orange": (250, 135, 15), "yellow": (245, 225, 30), "green": (25, 155, 50),
+    "blue": (30, 70, 220), "purple": (140, 40, 170), "white": (250, 250, 250), "black": (12, 12, 12),
+}  # fmt: skip
+WORDS = {  # attribute -> value -> (words of a query, words of a narration)
+    "colour": {
+        "red": (("red", "scarlet"), ("crimson", "ruby")),
+        "orange": (("orange", "tangerine"), ("amber", "pumpkin")),
+        "yellow": (("yellow", "lemon"), ("golden", "canary")),
+        "green": (("green", "emerald"), ("lime", "jade")),
+        "blue": (("blue", "azure"), ("cobalt", "navy")),
+        "purple": (("purple", "violet"), ("lilac", "plum")),
+        "white": (("white", "snowy"), ("ivory", "pale")),
+        "black": (("black", "dark"), ("ebony", "charcoal")),
+    },
+    "shape": {
+        "circle": (("circle", "disc"), ("ball", "dot")),
+        "square": (("square", "box"), ("block", "tile")),
+        "triangle": (("triangle", "wedge"), ("pyramid", "arrowhead")),
+        "star": (("star", "spark"), ("starfish", "asterisk")),
+        "cross": (("cross", "crucifix"), ("plus", "junction")),
+        "crescent": (("crescent", "horn"), ("moon", "sickle")),
+    },
+    "action": {
+        "slide": (("sliding", "gliding"), ("drifts", "skates")),
+        "bounce": (("bouncing", "hopping"), ("leaps", "jumps")),
+        "spin": (("spinning", "rotating"), ("turns", "whirls")),
+        "grow": (("growing", "swelling"), ("expands", "inflates")),
+        "flash": (("flashing", "blinking"), ("flickers", "twinkles")),
+    },
+    "place": {
+        "left": (("on the left", "at the left side"), ("in the west", "near the western edge")),
+        "right": (("on the right", "at the right side"), ("in the east", "near the eastern edge")),
+        "top": (("at the top", "up high"), ("near the ceiling", "in the upper part")),
+        "bottom": (("at the bottom", "down low"), ("near the floor", "in the lower part")),
+        "middle": (("in the middle", "in the center"), ("amid the picture", "halfway across")),
+    },
+}
+QUERY, NARRATION = 0, 1  # which grammar of WORDS
+QUERY_FRAMES = (  # both events stand in the order in which they happen; the most special first, for a parser
+    "first {} , then {}", "after {} comes {}", "{} , followed by {}", "{} and later {}", "{} before {}", "{} , then {}",
+)  # fmt: skip
+MENTIONS = ("{article} {colour} {shape} {action} {place}", "{place} {article} {colour} {shape} {action}")
+SENTENCES = (
+    "{article} {colour} {shape} {action} {place}", "{place} , {article} {colour} {shape} {action}",
+    "we see how {article} {colour} {shape} {action} {place}", "{colour} {shape} that {action} {place}",
+)  # fmt: skip
+
+
+def random_of(seed: int, number: int, stream: int) -> np.random.Generator:
+    """The random numbers of one video for one purpose."""
+    return np.random.default_rng([seed, number, stream])
+
+
+def pick(rng: np.random.Generator, choices):
+    return choices[rng.integers(len(choices))]
+
+
+def draw_event(rng: np.random.Generator) -> dict:
+    """Colour, shape, action and place of one event, uniform and independent."""
+    return {attribute: pick(rng, list(WORDS[attribute])) for attribute in ATTRIBUTES}
+
+
+def say(rng: np.random.Generator, templates, named: dict, grammar: int) -> str:
+    """One event in words. `named`: attribute -> value; a missing attribute is left unsaid (a missing shape is "thing")."""
+    words = {attribute: "" for attribute in ATTRIBUTES} | {"shape": "thing"}
+    words |= {attribute: pick(rng, WORDS[attribute][value][grammar]) for attribute, value in named.items()}
+    noun = words["colour"] or words["shape"]
+    text = pick(rng, templates).format(article="an" if noun[0] in "aeiou" else "a", **words)
+    return " ".join(text.split())
+
+
+def make_truth(seed: int, number: int) -> list[dict]:
+    """The three events of one video: [{"start", "end" (seconds), "colour", "shape", "action", "place"}].
+
+    At one frame a second, from 0, every event shows in at least two frames; a cut lies one or two frames before a whole second.
+    """
+    rng = random_of(seed, number, TRUTH_STREAM)
+    lengths = pick(rng, [(2, 2, 4), (2, 4, 2), (4, 2, 2), (2, 3, 3), (3, 2, 3), (3, 3, 2)])  # in frames at 1 fps
+    cuts = [second - int(rng.integers(1, 3)) / FPS for second in np.cumsum(lengths)[:-1].tolist()]
+    events = [draw_event(rng) for _ in range(EVENTS)]
+    while any(events[i] == events[j] for i in range(EVENTS) for j in range(i)):
+        events = [draw_event(rng) for _ in range(EVENTS)]
+    edges = [0.0, *cuts, float(SECONDS)]
+    return [{"start": edges[i], "end": edges[i + 1], **events[i]} for i in range(EVENTS)]
+
+
+def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIONS) -> list[tuple[str, list[dict]]]:
+    """`count` different captions of one video, each with what it mentions: two of the events, in order.
+
+    A mention names all four attributes in half of the cases, else three of them.
+    """
+    rng = random_of(seed, number, QUERY_STREAM)
+    queries = {}
+    while len(queries) < count:
+        unmentioned = rng.integers(EVENTS)
+        mentions = []
+        for event in (events[i] for i in range(EVENTS) if i != unmentioned):
+            unsaid = pick(rng, ATTRIBUTES) if rng.random() < 0.5 else None
+            mentions.append({attribute: event[attribute] for attribute in ATTRIBUTES if attribute != unsaid})
+        text = pick(rng, QUERY_FRAMES).format(*(say(rng, MENTIONS, mention, QUERY) for mention in mentions))
+        queries.setdefault(text, mentions)
+    return list(queries.items())
+
+
+def fits(mentions: list[dict], events: list[dict]) -> bool:
+    """Whether a query is true of a video: its mentions agree with two events, in order."""
+    agrees = [[all(event[a] == value for a, value in mention.items()) for event in events] for mention in mentions]
+    return any(agrees[0][i] and agrees[1][j] for j in range(len(events)) for i in range(j))
+
+
+# ------------------------------------------------------------------------------------------------------ the picture
+HOME = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}  # y downwards
+REACH = 0.27  # of the side: how far the four outer places lie from the middle
+
+
+def outline_of(shape: str) -> np.ndarray:
+    """The corners (n, 2) of a shape of radius about 1 around (0, 0)."""
+    if shape == "cross":
+        w = 0.36
+        right = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w)]
+        return np.array(right + [(-x, -y) for x, y in right])
+    if shape == "crescent":
+        outer, inner = np.linspace(0.75, 2 * math.pi - 0.75, 30), np.linspace(2 * math.pi - 1.16, 1.16, 24)
+        bite = np.stack([0.42 + 0.75 * np.cos(inner), 0.75 * np.sin(inner)], 1)
+        return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], 1), bite]) + (0.3, 0)  # centred
+    radius, angles = {
+        "circle": (np.full(40, 0.92), np.arange(40) * np.pi / 20),
+        "square": (np.full(4, 1.15), (np.arange(4) + 0.5) * np.pi / 2),
+        "triangle": (np.full(3, 1.2), -np.pi / 2 + np.arange(3) * 2 * np.pi / 3),
+        "star": (np.tile([1.25, 0.5], 5), -np.pi / 2 + np.arange(10) * np.pi / 5),
+    }[shape]
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], 1)
+
+
+def put(points: np.ndarray, centre, radius: float, degrees: float = 0.0) -> list[np.ndarray]:
+    """Turn, scale and move corners (n, 2); the answer is in sixteenths of a pixel, for cv2 with shift=4."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [np.round((points @ np.array([(c, s), (-s, c)]) * radius + centre) * 16).astype(np.int32)]
+
+
+def make_background(rng: np.random.Generator) -> np.ndarray:
+    """A muted picture (SIDE, SIDE, 3) uint8: two greyish tints mixed by a ramp, stripes, checks or clouds, plus noise."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.5)
+    ramp = np.cos(angle) * x + np.sin(angle) * y
+    clouds = cv2.resize(rng.random((5, 5)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    checks = (np.floor(x / period) + np.floor(y / period)) % 2
+    mix = pick(rng, [(ramp - ramp.min()) / np.ptp(ramp), 0.5 + 0.5 * np.sin(2 * np.pi * ramp / period), checks, clouds])
+    tints = rng.uniform(80, 160, (2, 1)) + rng.uniform(-14, 14, (2, 3))
+    picture = tints[0] + mix[..., None] * (tints[1] - tints[0]) + rng.normal(0, rng.uniform(1, 5), (SIDE, SIDE, 1))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def make_look(rng: np.random.Generator, event: dict, background: np.ndarray) -> dict:
+    """What the words do not say: exact place, size, tint, tilt, direction, rhythm."""
+    home = np.array(HOME[event["place"]])
+    colour = np.clip(np.array(RGB[event["colour"]]) + rng.integers(-12, 13, 3), 0, 255)
+    along = home[0] if event["action"] == "slide" else home[1]
+    return {
+        "corners": outline_of(event["shape"]),
+        "centre": (0.5 + REACH * home + rng.uniform(-0.035, 0.035, 2)) * SIDE,
+        "radius": rng.uniform(0.15, 0.19) * SIDE,
+        "colour": colour.tolist(),
+        "faint": ((colour + background.mean((0, 1))) / 2).tolist(),  # of a trail
+        "tilt": rng.uniform(-12, 12),
+        "sense": int(along) or pick(rng, (-1, 1)),  # outwards, so that the trail lies within the picture
+        "beat": rng.random(),
+    }
+
+
+def draw_event_in(frame: np.ndarray, action: str, look: dict, phase: float, now: float) -> None:
+    """Draw one event into a frame (SIDE, SIDE, 3). `phase`: the share of the event that has passed; `now`: seconds.
+
+    Every action shows in a single frame, by the marks a comic would use: a trail, arcs, rings, rays.
+    """
+    corners, colour, radius, sense, degrees = (look[k] for k in ("corners", "colour", "radius", "sense", "tilt"))
+    fill = partial(cv2.fillPoly, frame, lineType=cv2.LINE_AA, shift=4)
+    line = partial(cv2.polylines, frame, lineType=cv2.LINE_AA, shift=4)
+    way = {"slide": np.array([sense, 0.0]), "bounce": np.array([0.0, sense])}.get(action)
+    swing = phase if action == "slide" else abs(math.sin(math.pi * (1.1 * now + look["beat"])))
+    centre = look["centre"] if way is None else look["centre"] + way * (swing - 0.5) * 0.1 * SIDE
+    if way is not None:  # a trail behind it: sideways, or below or above it
+        for step in (3, 2, 1):
+            fill(put(corners, centre - way * step * 0.42 * radius, 0.85 * radius, degrees), color=look["faint"])
+    if action == "spin":  # it turns, with two arcs around it
+        degrees += sense * 150 * now
+        for start in (0, 180):
+            arc = np.radians(degrees + start + np.arange(0, 121, 10))
+            line(put(np.stack([np.cos(arc), np.sin(arc)], 1), centre, 1.5 * radius), False, colour, 2)
+    if action == "grow":  # from small to large, with two rings of its own outline
+        radius *= 0.6 + 0.5 * phase
+        for ring in (1.45, 1.9):
+            line(put(corners, centre, ring * radius, degrees), True, colour, 1)
+    if action == "flash":  # filled and hollow in turn, always with rays
+        for ray in np.arange(8) * np.pi / 4 + look["beat"]:
+            line(put(np.outer((1.4, 1.85), (math.cos(ray), math.sin(ray))), centre, radius), False, colour, 2)
+        if math.sin(2 * math.pi * (1.3 * now + look["beat"])) < 0:
+            line(put(corners, centre, 0.85 * radius, degrees), True, colour, 3)
+            return
+    fill(put(corners, centre, radius, degrees), color=colour)
+
+
+def render(seed: int, number: int, events: list[dict]) -> np.ndarray:
+    """The frames (SECONDS * FPS, SIDE, SIDE, 3) uint8 RGB of one video."""
+    rng = random_of(seed, number, PICTURE_STREAM)
+    background = make_background(rng)
+    looks = [make_look(rng, event, background) for event in events]
+    specks = [(rng.random(2), rng.uniform(-0.05, 0.05, 2), rng.uniform(60, 190)) for _ in range(rng.integers(2, 6))]
+    drift, rhythm = rng.uniform(0, 0.1), rng.uniform(0, 2 * np.pi)
+    frames = np.empty((SECONDS * FPS, SIDE, SIDE, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        now = index / FPS
+        frame[:] = background
+        for start, speed, grey in specks:  # small grey distractors that no sentence mentions
+            at = np.round(((start + speed * now) % 1) * SIDE * 16).astype(int).tolist()
+            cv2.circle(frame, at, 28, (grey,) * 3, -1, cv2.LINE_AA, 4)
+        event, look = next(pair for pair in zip(events, looks) if now < pair[0]["end"])
+        phase = (now - event["start"]) / (event["end"] - event["start"])
+        draw_event_in(frame, event["action"], look, phase, now)
+        cv2.convertScaleAbs(frame, frame, 1 + drift * math.sin(0.8 * now + rhythm))
+    return frames
+
+
+def encode(frames: np.ndarray, path: Path) -> None:
+    """Write frames (n, SIDE, SIDE, 3) uint8 RGB as H.264 mp4, under a temporary name first."""
+    unfinished = path.with_suffix(".tmp")
+    with av.open(str(unfinished), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "21"})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = SIDE, SIDE, "yuv420p", FPS
+        stream.codec_context.thread_count = 1  # the same bytes on every machine; the workers fill the cores
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+    os.replace(unfinished, path)
+
+
+def make_video(number: int, *, seed: int, folder: Path) -> bool:
+    """Write one video unless it is there; whether it was written."""
+    path = folder / f"video{number}.mp4"
+    if path.is_file():
+        return False
+    cv2.setNumThreads(1)
+    encode(render(seed, number, make_truth(seed, number)), path)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------- the annotation
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    os.replace(unfinished, path)
+
+
+def write_annotations(out: Path, *, seed: int, train: int, test: int) -> list[list[dict]]:
+    """Write MSRVTT_data.json, the two csv files and truth.jsonl; returns what each test query mentions.
+
+    As in MSR-VTT, every video has 20 captions; the query of a test video is its first one.
+    """
+    videos, sentences, truth, queries = [], [], [], []
+    for number in range(train + test):
+        name, split = f"video{number}", "train" if number < train else "test"
+        events = make_truth(seed, number)
+        captions = make_queries(seed, number, events)
+        videos.append({"category": 0, "url": "", "video_id": name, "start time": 0.0, "end time": float(SECONDS),
+                       "split": split, "id": number})  # fmt: skip
+        sentences += [{"caption": text, "video_id": name} for text, _ in captions]
+        truth.append({"video": name, "split": split, "events": events})
+        queries += [(name, *captions[0])] if split == "test" else []
+    for sen_id, sentence in enumerate(sentences):
+        sentence["sen_id"] = sen_id
+    info = {"description": "generated by scripts/make_demo_corpus.py", "version": str(GENERATOR), "seed": seed}
+    annotations = out / "annotations"
+    write_text(annotations / "MSRVTT_data.json", json.dumps({"info": info, "videos": videos, "sentences": sentences}))
+    write_csv(annotations / "MSRVTT_train.9k.csv", [["video_id"], *([f"video{number}"] for number in range(train))])
+    rows = [[f"ret{i}", name.replace("video", "msr"), name, text] for i, (name, text, _) in enumerate(queries)]
+    write_csv(annotations / "MSRVTT_JSFUSION_test.csv", [["key", "vid_key", "video_id", "sentence"], *rows])
+    write_text(out / "truth.jsonl", "".join(json.dumps(line) + "\n" for line in truth))
+    return [mentions for _, _, mentions in queries]
+
+
+def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[dict]]) -> int:
+    """How many queries are true of a video that is not their own (query i belongs to video i)."""
+    return sum(
+        any(fits(mentions, events) for j, events in enumerate(events_of_video) if j != i)
+        for i, mentions in enumerate(mentions_of_query)
+    )
+
+
+def make_videos(args: argparse.Namespace) -> None:
+    settings, wanted = args.out / "generator.json", {"generator": GENERATOR, "seed": args.seed}
+    if settings.is_file() and (found := json.loads(settings.read_text())) != wanted:
+        raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: choose another --out or delete it")
+    folder = args.out / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(settings, json.dumps(wanted))
+    mentions = write_annotations(args.out, seed=args.seed, train=args.train, test=args.test)
+    missing = [i for i in range(args.train + args.test) if not (folder / f"video{i}.mp4").is_file()]
+    work = partial(make_video, seed=args.seed, folder=folder)
+    workers = min(args.workers, math.ceil(len(missing) / 8))
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            list(tqdm(pool.imap_unordered(work, missing, 8), total=len(missing), desc="videos"))
+    else:
+        list(tqdm(map(work, missing), total=len(missing), desc="videos"))
+    events = [make_truth(args.seed, number) for number in range(args.train, args.train + args.test)]
+    print(
+        f"{args.out}: {args.train} training and {args.test} test videos ({len(missing)} new), {CAPTIONS} captions each"
+    )
+    print(f"test queries that also fit another test video: {ambiguous(mentions, events)} of {args.test}")
+
+
+# ------------------------------------------------------------------------------------------------------ the narration
+def unlike(rng: np.random.Generator, attribute: str, value: str) -> str:
+    return pick(rng, [other for other in WORDS[attribute] if other != value])
+
+
+def hallucinate(rng: np.random.Generator, events: list[dict]) -> dict:
+    """An event that shares at most one attribute with any event of the video."""
+    while True:
+        made_up = draw_event(rng)
+        if all(sum(made_up[a] == event[a] for a in ATTRIBUTES) <= 1 for event in events):
+            return made_up
+
+
+def narrate_video(rng: np.random.Generator, events: list[dict], times: list[float], rates: dict) -> list[dict]:
+    """The captioner on one video: [{"time", "text", "wrong"}], one a frame; "wrong" names the errors made.
+
+    rates: "hallucination" = share of the sentences about something that is nowhere in the video; "colour", "shape" =
+    shares of the others with that attribute wrong; "repeat" = share of the others that repeat the last sentence about the
+    same event, with its errors, because a captioner shown two like frames says the same. Repeating changes no rate.
+    """
+    sentences, last_of_event = [], {}
+    for time in times:
+        turn = next((i for i, event in enumerate(events) if time < event["end"]), len(events) - 1)
+        if rng.random() < rates["hallucination"]:
+            text = say(rng, SENTENCES, hallucinate(rng, events), NARRATION)
+            sentences.append({"time": time, "text": text, "wrong": ["hallucination"]})
+            continue
+        if turn not in last_of_event or rng.random() >= rates["repeat"]:
+            seen = {attribute: events[turn][attribute] for attribute in ATTRIBUTES}
+            wrong = [attribute for attribute in ("colour", "shape") if rng.random() < rates[attribute]]
+            seen |= {attribute: unlike(rng, attribute, seen[attribute]) for attribute in wrong}
+            last_of_event[turn] = {"text": say(rng, SENTENCES, seen, NARRATION), "wrong": wrong}
+        sentences.append({"time": time, **last_of_event[turn]})
+    return sentences
+
+
+def read_truth(path: Path) -> dict[str, list[dict]]:
+    """truth.jsonl as {video: events}."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run `make_demo_corpus.py videos` first")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line["video"]: line["events"] for line in lines}
+
+
+def narrate(args: argparse.Namespace) -> None:
+    from narvid.frames import load_frame_index  # here, so that the workers of `videos` do not load them
+    from narvid.narrations import Narration, write_narrations
+
+    truth, frames = read_truth(args.out / "truth.jsonl"), args.frames or args.out / "frames"
+    times = load_frame_index(frames)
+    if unknown := next((video for video in truth if not times.get(video)), None):
+        raise InputError(f"{frames} has no frames of {unknown}: run scripts/extract_frames.py again, then this")
+    rates = {name: getattr(args, f"{name}_rate") for name in ("colour", "shape", "hallucination", "repeat")}
+    written = {}
+    for video, events in tqdm(truth.items(), desc="narrations"):
+        rng = random_of(args.seed, int(video.removeprefix("video")), NARRATION_STREAM)
+        written[video] = narrate_video(rng, events, times[video], rates)
+    narrations = (
+        (video, Narration("simulated", "", [s["time"] for s in sentences], [s["text"] for s in sentences]))
+        for video, sentences in written.items()
+    )
+    write_narrations(args.out / "narrations.jsonl", narrations)
+    report(written, args.out / "annotations" / "MSRVTT_JSFUSION_test.csv")
+
+
+def report(written: dict[str, list[dict]], queries: Path) -> None:
+    """Print the realised error rates, how often neighbours are equal, and some examples."""
+    sentences = [sentence for of_video in written.values() for sentence in of_video]
+    others = [sentence for sentence in sentences if "hallucination" not in sentence["wrong"]]
+    colour, shape = (sum(name in s["wrong"] for s in others) / max(len(others), 1) for name in ("colour", "shape"))
+    equal = [a["text"] == b["text"] for of_video in written.values() for a, b in pairwise(of_video)]
+    print(f"{len(sentences)} sentences, {len({s['text'] for s in sentences})} different")
+    print(f"hallucinated {1 - len(others) / len(sentences):.1%}; of the others wrong colour {colour:.1%}, "
+          f"wrong shape {shape:.1%}; equal neighbours {sum(equal) / max(len(equal), 1):.1%}")  # fmt: skip
+    with open(queries, newline="", encoding="utf-8") as file:
+        for row in list(csv.DictReader(file))[:3]:
+            print(f"query of {row['video_id']}: {row['sentence']}")
+            for s in written[row["video_id"]]:
+                print(
+                    f"  {s['time']:4.1f} s  {s['text']}"
+                    + (f"   <- wrong {', '.join(s['wrong'])}" if s["wrong"] else "")
+                )
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    form = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    videos = commands.add_parser("videos", help="write videos/, annotations/ and truth.jsonl", **form)
+    videos.add_argument("--train", type=count, default=1800, help="training videos")
+    videos.add_argument("--test", type=count, default=250, help="test videos")
+    videos.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
+    narrator = commands.add_parser("narrate", help="write narrations.jsonl from the truth", **form)
+    narrator.add_argument("--frames", type=Path, help="folder of extracted frames; <out>/frames where not given")
+    narrator.add_argument(
+        "--hallucination_rate", type=rate, default=0.05, help="share of sentences about nothing shown"
+    )
+    narrator.add_argument("--colour_rate", type=rate, default=0.08, help="share of the others with a wrong colour")
+    narrator.add_argument("--shape_rate", type=rate, default=0.08, help="share of the others with a wrong shape")
+    narrator.add_argument("--repeat_rate", type=rate, default=0.85,
+                          help="share of the others that repeat the last sentence about the same event")  # fmt: skip
+    for command in (videos, narrator):
+        command.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+        command.add_argument("--seed", type=count, default=0, help="all random choices depend on it")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    {"videos": make_videos, "narrate": narrate}[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
