@@ -12,8 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: narvid need not be installed
-from narvid import InputError
+try:
+    from narvid import InputError
+except ModuleNotFoundError:  # not installed: run from a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from narvid import InputError
 
 SPLITS = ("train", "val", "test")
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"}

@@ -1,11 +1,13 @@
 """Frames: which ones, decoding a video, reading and resizing. The only file that sees pixels.
 
-Here: the sampling rule, the layout of a frame folder and its index file, video -> RGB arrays (PyAV), jpg -> uint8 tensor (PIL).
-Not here: normalisation (the device does it, in the towers), sentences (narrations.py), which videos to use (datasets.py).
+Here: the sampling rule, the layout of a frame folder and its index file, video -> RGB arrays (PyAV), jpg -> uint8
+tensor (PIL). Not here: normalisation (the device does it, in the towers), sentences (narrations.py), which videos to
+use (datasets.py).
 
 A frame folder, written by scripts/extract_frames.py:
-  <frames_dir>/<video>/<index:05d>.jpg      the frames of a video in time order, counted from 0
-  <frames_dir>/index.jsonl                  one line a video: {"video", "times": [seconds, ...], "sampling": "1 fps", "source", ...}
+  <frames_dir>/<video>/<index:05d>.jpg   the frames of a video in time order, counted from 0
+  <frames_dir>/index.jsonl               one line a video: {"video", "times": [seconds, ...], "sampling": "1 fps",
+                                         "short_side", "quality", "source": file, "note": what was amiss, if so}
 
 Shapes: K frames of a video; H, W height and width of a picture.
 """
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
 # torch and av are imported where they are used: the extractor's workers never need torch (a second and 200 MB each),
 # training never needs av.
 
-CLOCK_TOLERANCE = 1e-3  # seconds; containers that count in milliseconds round a frame's time by half of one
+CLOCK_TOLERANCE = 6e-4  # seconds; containers that count in milliseconds round a frame's time by up to half of one
 INDEX_NAME = "index.jsonl"
 
 
 def pick_frames(n: int, k: int) -> list[int]:
     """Indices of the frames to use of n extracted ones: all if n <= k, else linspace(0, n-1, k) truncated to integers.
 
-    The floats are numpy's, not exact fractions: published narrations were aligned with them (at n = 123, k = 15 one index differs).
+    The floats are numpy's, not exact fractions, as in the field: at n = 123, k = 15 one index differs by one.
     """
     if n < 1 or k < 1:
         raise ValueError(f"pick_frames needs at least one frame and one place, got n = {n}, k = {k}")
@@ -53,10 +55,12 @@ def frame_path(frames_dir: str | Path, video: str, index: int) -> Path:
 
 
 def load_frame_index(frames_dir: str | Path) -> dict[str, list[float]]:
-    """Video id -> time in seconds of each of its frames, from the folder's index file. InputError names file and line."""
+    """Video id -> time in seconds of each of its frames, from the folder's index file; InputError names the line."""
     path = Path(frames_dir) / INDEX_NAME
     if not path.is_file():
-        raise InputError(f"{path} is missing: make the frames with scripts/extract_frames.py --videos DIR --out {frames_dir}")
+        raise InputError(
+            f"{path} is missing: make the frames with scripts/extract_frames.py --videos DIR --out {frames_dir}"
+        )
     times: dict[str, list[float]] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
@@ -90,7 +94,7 @@ def parse_index_line(line: str) -> dict:
 
 
 def check_jpg(path: str | Path) -> None:
-    """Raise an InputError naming the file unless a whole jpg is there. Reads 4 bytes; decodes only if the end is odd."""
+    """Raise an InputError naming the file unless a whole jpg is there; reads 4 bytes, decodes if the end is odd."""
     try:
         with open(path, "rb") as f:
             head = f.read(2)
@@ -99,15 +103,17 @@ def check_jpg(path: str | Path) -> None:
     except OSError as e:
         raise InputError(f"frame {path} cannot be read ({e.strerror}): run extract_frames again") from e
     if head != b"\xff\xd8":
-        raise InputError(f"frame {path} is {'no jpg' if head else 'empty'}: delete its folder and run extract_frames again")
+        raise InputError(
+            f"frame {path} is {'no jpg' if head else 'empty'}: delete its folder and run extract_frames again"
+        )
     if tail != b"\xff\xd9":  # some writers pad behind the end marker
         _open_rgb(path)
 
 
 def read_frames(paths: Sequence[str | Path], size: int) -> "torch.Tensor":
-    """Decode frames for CLIP: shorter side to `size` (bicubic, antialiased), centre crop -> uint8 RGB (K, 3, size, size).
+    """Decode frames for CLIP: shorter side to `size`, bicubic; centre crop -> uint8 RGB (K, 3, size, size).
 
-    An unreadable or truncated file raises an InputError naming it.
+    The pixels are those of CLIP's own preprocessing. An unreadable or truncated file raises an InputError naming it.
     """
     import torch
 
@@ -148,15 +154,15 @@ def decode_video(
     short_side: int | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Frames of a video as (time in seconds from the first frame, uint8 RGB (H, W, 3)), in time order, each at most once.
+    """Frames of a video in time order, each at most once: (seconds from the first frame, uint8 RGB (H, W, 3)).
 
     fps: for every target time j / fps the frame that is on screen then; a clip with fewer frames gives what it has.
-    n: the same for n targets from the first frame's time to the last's; decoded twice, as no header is trusted for the length.
+    n: the same for n targets from the first frame's time to the last's. Decodes twice: no header's length is trusted.
     short_side: shrink so that the shorter side has this many pixels; smaller pictures stay as they are.
-    notes: a list that receives a sentence for each thing amiss in a file that still gives frames (truncated, broken packets).
+    notes: a list that receives what is amiss in a file that still gives frames (truncated, broken frames).
     Iterating raises an InputError that names the file if it gives no frame at all. Pixels are taken as square.
     """
-    if (fps is None) == (n is None) or not (fps or n) > 0:
+    if (fps is None) == (n is None) or (n if fps is None else fps) <= 0:
         raise ValueError(f"decode_video takes fps or n, one of them and positive, got fps = {fps}, n = {n}")
     notes = [] if notes is None else notes
     return _to_rgb(path, _at_rate(path, fps, notes) if fps else _uniform(path, n, notes), short_side)
@@ -181,7 +187,7 @@ def _uniform(path, n, notes):
 
 
 def _timed(path, notes):
-    """Yield (time, end, frame) for every frame of a video: on screen from `time` to `end`, seconds from the first frame.
+    """Yield (time, end, frame) for every frame of a video: on screen from `time` to `end`, in seconds from the first.
 
     Time stamps win over the header's frame rate, which only fills in where a stamp is missing or the clock restarts.
     """
@@ -205,7 +211,9 @@ def _timed(path, notes):
         end = time + (float(frame.duration * frame.time_base) if frame.duration else step)
         announced = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         if count < 0.95 * stream.frames or end < 0.9 * announced - 1.0:
-            notes.append(f"{count} frames, {end:.1f} s decode of {stream.frames or '?'} frames, {announced:.1f} s announced")
+            notes.append(
+                f"{count} frames, {end:.1f} s decode of {stream.frames or '?'} frames, {announced:.1f} s announced"
+            )
         yield time, end, frame
 
 
@@ -261,7 +269,7 @@ def _decoded(container, stream):
 def _to_rgb(path, shown, short_side):
     """(time, decoded frame) -> (time, RGB array): colours by the frame's own tags, shrunk, turned as the file says."""
     import av
-    from av.video.reformatter import ColorRange, VideoReformatter
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     reformatter = VideoReformatter()  # one a video: it keeps its tables from frame to frame
     one_thread = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # older ones never use more
@@ -276,6 +284,7 @@ def _to_rgb(path, shown, short_side):
                 interpolation="BICUBIC",
                 src_color_range=frame.color_range,
                 dst_color_range=ColorRange.JPEG,
+                dst_colorspace=Colorspace.ITU601,  # RGB has none, but without it av < 17 overlooks the source's
                 **one_thread,
             )
         except (av.FFmpegError, ValueError) as e:

@@ -313,9 +313,9 @@ def print_report(path: str | Path, report: Report) -> None:
     """One screen: counts, the first videos of each kind, what the sentences look like."""
     captioners = ", ".join(f"{name} ({count})" for name, count in report.captioners.items()) or "none"
     print(f"{path}: {report.narrations} narrations; captioner: {captioners}")
-    print(f"{report.framed_share:10.1%}  of {report.frames} frames have a sentence")
-    print(f"{report.mean_words:10.1f}  words a sentence")
-    print(f"{report.repeated_share:10.1%}  of the sentences equal the one before")
+    print(f"{report.framed_share:10.2%}  of {report.frames} frames have a sentence")
+    print(f"{report.mean_words:10.2f}  words a sentence")
+    print(f"{report.repeated_share:10.2%}  of the sentences equal the one before")
     for kind, meaning in PROBLEMS.items():
         found = report.problems[kind]
         print(f"{len(found):10}  {kind}: {meaning}")

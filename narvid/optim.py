@@ -28,9 +28,9 @@ class BertAdam(torch.optim.Optimizer):
     """Adam without bias correction, with decoupled weight decay and a clip of each parameter's own gradient.
 
     update = m / (sqrt(v) + eps) + weight_decay * p, then p -= lr * update. State and arithmetic are in the parameter's
-    dtype and every operation rounds to it. For fp16 weights that is the point, not an oversight: squares of gradients
-    under about 1e-3 vanish, v stays exactly 0 and such a weight takes steps of lr * m / eps, while the others ask for
-    steps near lr, which at 1e-7 are below the spacing of fp16. A rate tuned here means nothing for fp32 weights.
+    dtype and every operation rounds to it. In fp16 that decides what is learned: the squares of gradients under about
+    1e-3 vanish, v stays exactly 0 and the weight takes steps of lr * m / eps; once v is not 0 the steps are near lr,
+    which at 1e-7 is below the spacing of fp16, and the weight stands still. A rate tuned so means nothing in fp32.
     """
 
     def __init__(self, params, lr: float, *, betas: tuple[float, float] = BETAS, eps: float = EPS,

@@ -72,7 +72,7 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
         if method == "topk":
             keep_ranked = torch.arange(mask.shape[-1], device=mask.device).expand_as(ranked) < k
         else:
-            cumulative = ranked.cumsum(dim=-1)
+            cumulative = ranked.cumsum(dim=-1).clamp_max(1)  # rounding must not carry the last frame over p = 1
             before = F.pad(cumulative[..., :-1], (1, 0))  # mass of the frames ranked higher; 0 for rank 1
             keep_ranked = before <= p if fidelity == "paper" else (cumulative <= p) | (before == 0)
         keep = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, order, keep_ranked)

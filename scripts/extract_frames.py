@@ -3,9 +3,9 @@
   python scripts/extract_frames.py --videos DIR --out frames                    1 frame a second, the paper's choice
   python scripts/extract_frames.py --videos DIR --out frames_12 --num_frames 12 --list test.jsonl
 
-A video's id is its file name without the last extension; folders below DIR are searched too. A video that gives no frame is
-written to <out>/failed.jsonl with the reason and tried again by the next run; it never becomes a black frame. Stopped at any
-moment, the same command continues and ends with the same files.
+A video's id is its file name without the last extension; folders below DIR are searched too. A video that gives no
+frame is written to <out>/failed.jsonl with the reason and tried again by the next run; it never becomes a black frame.
+Stopped at any moment, the same command continues and ends with the same files.
 Here: which files, worker processes, what is done already. Not here: pixels and times (narvid/frames.py).
 """
 
@@ -52,17 +52,27 @@ class Job(NamedTuple):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Extract frames from videos.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Extract frames from videos.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of video files, searched with its subfolders")
+    parser.add_argument(
+        "--videos", type=Path, required=True, metavar="DIR", help="folder of video files, searched with its subfolders"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the frame folder to write")
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--fps", type=_positive(float), default=1.0, help="frames per second of video")
-    sampling.add_argument("--num_frames", type=_positive(int), help="frames per video, uniform in time, in place of --fps")
-    parser.add_argument("--short_side", type=_positive(int), default=256, help="pixels; larger pictures are shrunk to this")
+    sampling.add_argument(
+        "--num_frames", type=_positive(int), help="frames per video, uniform in time, in place of --fps"
+    )
+    parser.add_argument(
+        "--short_side", type=_positive(int), default=256, help="pixels; larger pictures are shrunk to this"
+    )
     parser.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100", default=95, help="of the jpgs")
     parser.add_argument("--workers", type=_positive(int), default=os.cpu_count(), help="processes, one thread each")
-    parser.add_argument("--list", type=Path, nargs="+", metavar="JSONL", help='only the videos in these files ({"video": id} a line)')
+    parser.add_argument(
+        "--list", type=Path, nargs="+", metavar="JSONL", help='only the videos in these files ({"video": id} a line)'
+    )
     return parser.parse_args(argv)
 
 
@@ -91,7 +101,9 @@ def find_videos(folder: Path) -> dict[str, Path]:
             if path.suffix.lower() not in EXTENSIONS or name.startswith("."):
                 continue
             if path.stem in found:
-                raise InputError(f"{found[path.stem]} and {path} have one id, {path.stem!r}: rename or remove one of them")
+                raise InputError(
+                    f"{found[path.stem]} and {path} have one id, {path.stem!r}: rename or remove one of them"
+                )
             found[path.stem] = path
     if not found:
         raise InputError(f"no video in {folder}: no file ends in one of {' '.join(EXTENSIONS)}")
@@ -122,7 +134,9 @@ def read_done(out: Path, settings: dict) -> dict[str, dict]:
     path = out / INDEX_NAME
     if not path.exists():
         if out.exists() and any(not name.startswith(".") for name in os.listdir(out)):
-            raise InputError(f"{out} is in use and holds no {INDEX_NAME}, so nothing there may be replaced: give another --out")
+            raise InputError(
+                f"{out} is in use and holds no {INDEX_NAME}, so nothing there may be replaced: give another --out"
+            )
         return {}
     done = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -151,7 +165,7 @@ def write_lines(path: Path, entries: list[dict]) -> None:
 
 
 def extract_video(job: Job) -> dict:
-    """Write one video's frames under a temporary name, then rename; returns {"times", "note"} or {"why"}. Runs in a worker."""
+    """In a worker: write a video's frames under a temporary name, then rename. Returns {"times", "note"} or {"why"}."""
     unfinished = job.out / UNFINISHED
     temporary = unfinished / job.video
     shutil.rmtree(temporary, ignore_errors=True)
@@ -188,18 +202,7 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict]]:
     """Yield (job, result) as they finish. A file on which the decoder itself dies costs that file, not the run."""
     while jobs:
         left = []
-        # spawn: the parent has threads (tqdm's), which a fork must not copy
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
-        try:
-            running = {pool.submit(extract_video, job): job for job in jobs}
-            for future in as_completed(running):
-                died = isinstance(future.exception(), BrokenProcessPool)
-                if died:
-                    left.append(running[future])
-                else:
-                    yield running[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from run_pool(jobs, workers, left)
         if left and len(jobs) == 1:
             yield left[0], {"why": f"{left[0].source}: the worker process died (a decoder crash, or no memory left)"}
             return
@@ -209,6 +212,26 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict]]:
         for job in started:  # one of these it was: each alone
             yield from run_jobs([job], 1)
         jobs = [job for job in left if job not in started]
+
+
+def run_pool(jobs: list[Job], workers: int, left: list[Job]) -> Iterator[tuple[Job, dict]]:
+    """Yield (job, result) until all is done or a worker dies; what is not done then is appended to `left`."""
+    # spawn: the parent has threads (tqdm's), which a fork must not copy
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
+    running = {}
+    try:
+        for job in jobs:
+            try:
+                running[pool.submit(extract_video, job)] = job
+            except BrokenProcessPool:  # a worker died while jobs were still being handed in
+                left.append(job)
+        for future in as_completed(running):
+            if isinstance(future.exception(), BrokenProcessPool):
+                left.append(running[future])
+            else:
+                yield running[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- the run ----

@@ -15,6 +15,7 @@ that a real corpus does not have. `truth.jsonl` is for the simulated captioner a
 
 import argparse
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
-from narvid import InputError
+from narvid import InputError  # noqa: E402
 
 SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
 EVENTS, CAPTIONS = 3, 20  # of each video
@@ -79,8 +80,8 @@ WORDS = {  # attribute -> value -> (words of a query, words of a narration)
     },
 }
 QUERY, NARRATION = 0, 1  # which grammar of WORDS
-QUERY_FRAMES = (  # both events stand in the order in which they happen; the most special first, for a parser
-    "first {} , then {}", "after {} comes {}", "{} , followed by {}", "{} and later {}", "{} before {}", "{} , then {}",
+QUERY_FRAMES = (  # the two events in the order in which they happen; for a parser, the most special first
+    "first {} , then {}", "{} , followed by {}", "{} , and later {}", "{} , and after that {}", "{} , then {}",
 )  # fmt: skip
 MENTIONS = ("{article} {colour} {shape} {action} {place}", "{place} {article} {colour} {shape} {action}")
 SENTENCES = (
@@ -104,7 +105,7 @@ def draw_event(rng: np.random.Generator) -> dict:
 
 
 def say(rng: np.random.Generator, templates, named: dict, grammar: int) -> str:
-    """One event in words. `named`: attribute -> value; a missing attribute is left unsaid (a missing shape is "thing")."""
+    """One event in words. `named`: attribute -> value; what is missing is left unsaid (a missing shape: "thing")."""
     words = {attribute: "" for attribute in ATTRIBUTES} | {"shape": "thing"}
     words |= {attribute: pick(rng, WORDS[attribute][value][grammar]) for attribute, value in named.items()}
     noun = words["colour"] or words["shape"]
@@ -115,7 +116,7 @@ def say(rng: np.random.Generator, templates, named: dict, grammar: int) -> str:
 def make_truth(seed: int, number: int) -> list[dict]:
     """The three events of one video: [{"start", "end" (seconds), "colour", "shape", "action", "place"}].
 
-    At one frame a second, from 0, every event shows in at least two frames; a cut lies one or two frames before a whole second.
+    At one frame a second, from 0, every event shows in at least two frames; a cut lies 1-2 frames before a second.
     """
     rng = random_of(seed, number, TRUTH_STREAM)
     lengths = pick(rng, [(2, 2, 4), (2, 4, 2), (4, 2, 2), (2, 3, 3), (3, 2, 3), (3, 3, 2)])  # in frames at 1 fps
@@ -182,7 +183,7 @@ def put(points: np.ndarray, centre, radius: float, degrees: float = 0.0) -> list
 
 
 def make_background(rng: np.random.Generator) -> np.ndarray:
-    """A muted picture (SIDE, SIDE, 3) uint8: two greyish tints mixed by a ramp, stripes, checks or clouds, plus noise."""
+    """A muted picture (SIDE, SIDE, 3) uint8: two greyish tints mixed by a ramp, stripes, checks or clouds; noise."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.5)
     ramp = np.cos(angle) * x + np.sin(angle) * y
@@ -257,7 +258,7 @@ def render(seed: int, number: int, events: list[dict]) -> np.ndarray:
         for start, speed, grey in specks:  # small grey distractors that no sentence mentions
             at = np.round(((start + speed * now) % 1) * SIDE * 16).astype(int).tolist()
             cv2.circle(frame, at, 28, (grey,) * 3, -1, cv2.LINE_AA, 4)
-        event, look = next(pair for pair in zip(events, looks) if now < pair[0]["end"])
+        event, look = next(pair for pair in zip(events, looks, strict=True) if now < pair[0]["end"])
         phase = (now - event["start"]) / (event["end"] - event["start"])
         draw_event_in(frame, event["action"], look, phase, now)
         cv2.convertScaleAbs(frame, frame, 1 + drift * math.sin(0.8 * now + rhythm))
@@ -277,30 +278,25 @@ def encode(frames: np.ndarray, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def make_video(number: int, *, seed: int, folder: Path) -> bool:
-    """Write one video unless it is there; whether it was written."""
-    path = folder / f"video{number}.mp4"
-    if path.is_file():
-        return False
+def make_video(number: int, *, seed: int, folder: Path) -> None:
+    """Write one video: the unit of work of a process."""
     cv2.setNumThreads(1)
-    encode(render(seed, number, make_truth(seed, number)), path)
-    return True
+    encode(render(seed, number, make_truth(seed, number)), folder / f"video{number}.mp4")
 
 
 # ----------------------------------------------------------------------------------------------------- the annotation
 def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", newline="")
     os.replace(unfinished, path)
 
 
-def write_csv(path: Path, rows: list[list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    os.replace(unfinished, path)
+def as_csv(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_annotations(out: Path, *, seed: int, train: int, test: int) -> list[list[dict]]:
@@ -323,9 +319,11 @@ def write_annotations(out: Path, *, seed: int, train: int, test: int) -> list[li
     info = {"description": "generated by scripts/make_demo_corpus.py", "version": str(GENERATOR), "seed": seed}
     annotations = out / "annotations"
     write_text(annotations / "MSRVTT_data.json", json.dumps({"info": info, "videos": videos, "sentences": sentences}))
-    write_csv(annotations / "MSRVTT_train.9k.csv", [["video_id"], *([f"video{number}"] for number in range(train))])
-    rows = [[f"ret{i}", name.replace("video", "msr"), name, text] for i, (name, text, _) in enumerate(queries)]
-    write_csv(annotations / "MSRVTT_JSFUSION_test.csv", [["key", "vid_key", "video_id", "sentence"], *rows])
+    rows = [["video_id"], *([f"video{number}"] for number in range(train))]
+    write_text(annotations / "MSRVTT_train.9k.csv", as_csv(rows))
+    rows = [["key", "vid_key", "video_id", "sentence"]]
+    rows += [[f"ret{i}", name.replace("video", "msr"), name, text] for i, (name, text, _) in enumerate(queries)]
+    write_text(annotations / "MSRVTT_JSFUSION_test.csv", as_csv(rows))
     write_text(out / "truth.jsonl", "".join(json.dumps(line) + "\n" for line in truth))
     return [mentions for _, _, mentions in queries]
 
@@ -341,24 +339,24 @@ def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[di
 def make_videos(args: argparse.Namespace) -> None:
     settings, wanted = args.out / "generator.json", {"generator": GENERATOR, "seed": args.seed}
     if settings.is_file() and (found := json.loads(settings.read_text())) != wanted:
-        raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: choose another --out or delete it")
-    folder = args.out / "videos"
+        raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: give another --out, or delete it")
+    folder, total = args.out / "videos", args.train + args.test
     folder.mkdir(parents=True, exist_ok=True)
     write_text(settings, json.dumps(wanted))
     mentions = write_annotations(args.out, seed=args.seed, train=args.train, test=args.test)
-    missing = [i for i in range(args.train + args.test) if not (folder / f"video{i}.mp4").is_file()]
-    work = partial(make_video, seed=args.seed, folder=folder)
-    workers = min(args.workers, math.ceil(len(missing) / 8))
+    missing = [number for number in range(total) if not (folder / f"video{number}.mp4").is_file()]
+    work, workers = partial(make_video, seed=args.seed, folder=folder), min(args.workers, math.ceil(len(missing) / 8))
+    bar = partial(tqdm, total=len(missing), desc="videos", unit="video")
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            list(tqdm(pool.imap_unordered(work, missing, 8), total=len(missing), desc="videos"))
+            for _ in bar(pool.imap_unordered(work, missing, 8)):
+                pass
     else:
-        list(tqdm(map(work, missing), total=len(missing), desc="videos"))
-    events = [make_truth(args.seed, number) for number in range(args.train, args.train + args.test)]
-    print(
-        f"{args.out}: {args.train} training and {args.test} test videos ({len(missing)} new), {CAPTIONS} captions each"
-    )
-    print(f"test queries that also fit another test video: {ambiguous(mentions, events)} of {args.test}")
+        for number in bar(missing):
+            work(number)
+    doubtful = ambiguous(mentions, [make_truth(args.seed, number) for number in range(args.train, total)])
+    print(f"{args.out}: {args.train} training and {args.test} test videos, {len(missing)} of them new")
+    print(f"test queries that also fit another test video: {doubtful} of {args.test}")
 
 
 # ------------------------------------------------------------------------------------------------------ the narration
@@ -378,8 +376,8 @@ def narrate_video(rng: np.random.Generator, events: list[dict], times: list[floa
     """The captioner on one video: [{"time", "text", "wrong"}], one a frame; "wrong" names the errors made.
 
     rates: "hallucination" = share of the sentences about something that is nowhere in the video; "colour", "shape" =
-    shares of the others with that attribute wrong; "repeat" = share of the others that repeat the last sentence about the
-    same event, with its errors, because a captioner shown two like frames says the same. Repeating changes no rate.
+    shares of the others with that attribute wrong; "repeat" = chance that another sentence about the same event is the
+    last one again, errors included: shown two like frames, a captioner says the same. Repeating changes no rate.
     """
     sentences, last_of_event = [], {}
     for time in times:
@@ -476,7 +474,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     narrator.add_argument("--colour_rate", type=rate, default=0.08, help="share of the others with a wrong colour")
     narrator.add_argument("--shape_rate", type=rate, default=0.08, help="share of the others with a wrong shape")
     narrator.add_argument("--repeat_rate", type=rate, default=0.85,
-                          help="share of the others that repeat the last sentence about the same event")  # fmt: skip
+                          help="chance to repeat the last sentence about the same event")  # fmt: skip
     for command in (videos, narrator):
         command.add_argument("--out", type=Path, required=True, help="folder of the corpus")
         command.add_argument("--seed", type=count, default=0, help="all random choices depend on it")

@@ -1,4 +1,4 @@
-"""What every test shares: the checkout on the path, one thread, the `slow` mark."""
+"""What every test shares: the checkout on the path, one thread."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,3 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")

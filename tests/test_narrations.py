@@ -77,11 +77,13 @@ def test_a_narration_denser_than_the_frames_is_fine():
 def test_one_frame_or_one_sentence_has_no_rate():
     assert joined(narrate([0.2]), [0.0]) == ["at 0.2"]
     assert joined(narrate([0, 0.6]), [0.0]) == ["at 0.0"]
+    with pytest.raises(InputError, match="another clock"):
+        joined(narrate([0.3]), [0.0])
     assert joined(narrate([4]), SECONDS) == [None] * 4 + ["at 4.0"] + [None] * 7
     assert joined(narrate([]), SECONDS) == [None] * 12
 
 
-@pytest.mark.parametrize("spacing", [0.75, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("spacing", [0.7, 1.5, 2.0, 2.5])
 def test_another_frame_rate_is_refused_with_both_spacings(spacing):
     narration = narrate([spacing * k for k in range(round(12 / spacing))])
     with pytest.raises(InputError, match="n.jsonl: video7: narration of another frame rate") as refused:
@@ -108,6 +110,10 @@ def test_what_is_written_is_read_back(tmp_path):
     write_narrations(path, items.items())
     assert load_narrations(path) == items
     assert [file.name for file in path.parent.iterdir()] == ["n.jsonl"]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    assert list(load_narrations(write(tmp_path / "n.jsonl", "\ufeff" + json.dumps(GOOD)))) == ["v2"]
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path):

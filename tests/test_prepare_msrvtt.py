@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-import prepare_msrvtt
-
 ROOT = Path(__file__).resolve().parent.parent
+with pytest.MonkeyPatch.context() as patch:  # the scripts import each other by bare names
+    patch.syspath_prepend(ROOT / "data")
+    import prepare_msrvtt
+
 REAL = Path(os.environ.get("NARVID_REAL_DATA", ROOT.parent / "shared" / "real")) / "msrvtt"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real annotations here")
 
@@ -125,6 +126,7 @@ def test_the_two_official_files_give_the_same_as_the_joined_one(annotations, tmp
 def test_text_beyond_ascii_and_windows_line_ends_survive(annotations, tmp_path):
     path = annotations / "MSRVTT_JSFUSION_test.csv"
     path.write_bytes(f'\ufeff{HEADER}\r\nr,m,video4,"café, ""two"""\r\nr,m,video5,中\r\n'.encode())
+    (annotations / "MSRVTT_train.9k.csv").write_bytes("\ufeffvideo_id\r\nvideo0\r\n".encode())
     prepare(annotations, tmp_path / "out", "--allow_partial")
     text = (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line)["query"] for line in text.splitlines()] == ['café, "two"', "中"]
