@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up what is missing and run the tests: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+echo "== lint"
+"$PYTHON" -m flake8
+echo "== tests"
+"$PYTHON" -m pytest "$@"
