@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import sys
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from narvid import InputError, clip, distributed, losses, optim
 from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader
-from narvid.evaluation import (Encoding, encode_videos, format_table, score_queries, table_of_matrices, with_dsl,
-                               with_qb_norm)
+from narvid.evaluation import (Encoding, encode_videos, score_queries, selection_score, show, table_of_matrices,
+                               with_dsl, with_qb_norm)
+from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, share
 from narvid.frames import load_frame_index
 from narvid.model import MODULES, NarVid, NarVidConfig, heads_from_release
 from narvid.narrations import load_narrations
@@ -32,13 +31,6 @@ from narvid.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
 
 # ------------------------------------------------------------------------------------------------------------ flags
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one sentence for a mistake instead of the usage of fifty flags."""
-
-    def error(self, message: str):
-        sys.exit(f"error: {message} (--help lists every flag)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,33 +43,33 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--narrations", help="narration file, ours or a published one [data_dir/narrations.jsonl]")
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
-    g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, start and end included")
-    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video, uniform among the extracted ones")
-    g.add_argument("--num_workers", type=int, default=4, help="loader processes a rank")
+    g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
+    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video, uniform among extracted")
+    g.add_argument("--num_workers", type=count, default=4, help="loader processes a rank")
     g.add_argument("--cache_frames", action=switch, default=False, help="keep decoded training frames in shared memory")
 
     g = parser.add_argument_group("model")
     g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
     g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
-    g.add_argument("--quick_gelu", action=switch, default=None, help="activation of the weights, where nothing else tells")
+    g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
     g.add_argument("--modules", nargs="*", choices=MODULES, default=list(MODULES), help="Table 3: modules switched on")
-    g.add_argument("--temporal_layers", type=positive, default=4, help="blocks of each temporal encoder (the family's 4)")
-    g.add_argument("--dropout", type=float, default=0.1, help="in co-attention")
+    g.add_argument("--temporal_layers", type=positive, default=4, help="blocks of a temporal encoder (the family's 4)")
+    g.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
     g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or a released NarVid checkpoint")
 
     g = parser.add_argument_group("matching")
     g.add_argument("--fidelity", choices=["reported", "paper"], default="reported",
                    help="behaviour that made the published tables, or the text of the paper (README)")
-    g.add_argument("--filter", choices=["nucleus", "topk", "none"], default="nucleus", help="Sec. 3.4, used by module QAF")
-    g.add_argument("--filter_p", type=float, default=0.4, help="p: cumulative weight of the nucleus")
+    g.add_argument("--filter", choices=["nucleus", "topk", "none"], default="nucleus", help="Sec. 3.4, of module QAF")
+    g.add_argument("--filter_p", type=share, default=0.4, help="p: cumulative weight of the nucleus")
     g.add_argument("--filter_k", type=positive, default=3, help="k of --filter topk")
-    g.add_argument("--temperature", type=positive_float, default=0.1, help="of the filter's and the word weights' softmax")
+    g.add_argument("--temperature", type=positive_float, default=0.1, help="of the filter's and the word weights'")
 
     g = parser.add_argument_group("loss")
     g.add_argument("--hard_loss", choices=["hinge", "nce"], default="hinge", help="of module CVH: Eqs. 8-9, or Eq. 12")
-    g.add_argument("--lam", type=float, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
-    g.add_argument("--eta", type=float, default=1.8, help="eta: the hinge's margin is eta lambda sigma (Eq. 8)")
-    g.add_argument("--alpha", type=float, default=1.0, help="alpha: weight of the hard-negative loss (Eq. 10)")
+    g.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
+    g.add_argument("--eta", type=number, default=1.8, help="eta: the hinge's margin is eta lambda sigma (Eq. 8)")
+    g.add_argument("--alpha", type=number, default=1.0, help="alpha: weight of the hard-negative loss (Eq. 10)")
     g.add_argument("--exclude_same_video", action=switch, default=False,
                    help="another caption of the same video in the batch is no negative")
 
@@ -89,10 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--batch_size", type=positive, default=64, help="pairs of one optimiser step, over all processes")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1,
                    help="micro-batches of a step; negatives come from the micro-batch")
-    g.add_argument("--lr", type=float, default=1e-4, help="peak rate of everything but CLIP")
-    g.add_argument("--clip_lr", type=float, help="peak rate of CLIP [reported 1e-7; modern 1e-6, cited and not tuned]")
-    g.add_argument("--weight_decay", type=float, default=0.2, help="the family's 0.2")
-    g.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
+    g.add_argument("--lr", type=number, default=1e-4, help="peak rate of everything but CLIP")
+    g.add_argument("--clip_lr", type=number, help="peak rate of CLIP [reported 1e-7; modern 1e-6, cited and not tuned]")
+    g.add_argument("--weight_decay", type=number, default=0.2, help="the family's 0.2")
+    g.add_argument("--warmup", type=share, default=0.1, help="share of all steps")
     g.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="global clip")
     g.add_argument("--freeze_layers", type=int, default=0,
                    help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
@@ -103,49 +95,37 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test and leave")
     g.add_argument("--select_on", choices=["val", "last", "test"],
                    help="what chooses the epoch [val where val.jsonl exists, else last]")
-    g.add_argument("--eval_every", type=int, default=0, help="evaluate every n steps inside an epoch too; 0: at its end")
-    g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries encoded at a time; also the block")
-    g.add_argument("--fusion_weight", type=float, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
-    g.add_argument("--dsl_scale", type=float, default=0.0, help="also report DSL with this scale; 0: no")
-    g.add_argument("--qb_norm_queries", type=int, default=0, help="also report QB-Norm with n training queries; 0: no")
+    g.add_argument("--eval_every", type=count, default=0, help="evaluate every n steps too; 0: at an epoch's end")
+    g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries at a time; also the block")
+    g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
+    g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
+    g.add_argument("--qb_norm_queries", type=count, default=0, help="also report QB-Norm with n training queries")
     g.add_argument("--save_similarity", action=switch, default=False, help="write both test matrices to similarity.npz")
 
     g = parser.add_argument_group("run")
     g.add_argument("--config", help="preset: a YAML file of these flags; the command line wins")
     g.add_argument("--output_dir", required=True, help="run directory")
-    g.add_argument("--resume", choices=["auto", "never"], default="never", help="auto: go on from last.pt if it is there")
-    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--resume", choices=["auto", "never"], default="never", help="auto: from last.pt if it is there")
+    g.add_argument("--seed", type=count, default=42)
     g.add_argument("--deterministic", action=switch, default=False, help="only deterministic kernels")
-    g.add_argument("--save_every", type=int, default=0, help="write last.pt every n steps inside an epoch too; 0: at its end")
+    g.add_argument("--save_every", type=count, default=0, help="save every n steps too; 0: at an epoch's end")
     g.add_argument("--log_every", type=positive, default=50, help="steps")
     g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with presets and checkpoints as argv that stands before the user's own, so that argparse checks all."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--checkpoint"):
         first.add_argument(flag)
-    given, _ = first.parse_known_args(argv)
-    stored = checkpoint_argv(given.checkpoint, parser) if given.checkpoint else []
-    preset = preset_argv(given.config, parser) if given.config else []
+    first.add_argument("--eval_only", action="store_true")
+    preset_of = first.parse_known_args(argv)[0].config
+    preset = preset_argv(preset_of, parser) if preset_of else []
+    given, _ = first.parse_known_args([*preset, *argv])
+    stored = checkpoint_argv(given.checkpoint, parser, eval_only=given.eval_only) if given.checkpoint else []
     args = parser.parse_args([*stored, *preset, *argv])
 
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
@@ -153,26 +133,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.clip_lr is None:
         args.clip_lr = 1e-7 if args.recipe == "reported" else 1e-6
     has_val = Path(args.data_dir, "val.jsonl").exists()
-    args.select_on = args.select_on or ("val" if has_val else "last")
-    if args.select_on == "val" and not has_val:
-        parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; choose last (or test, which peeks)")
+    args.select_on = args.select_on or ("unknown" if args.eval_only else "val" if has_val else "last")
+    if args.select_on == "val" and not has_val and not args.eval_only:
+        parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test, which peeks)")
     if args.eval_only and not args.checkpoint:
         parser.error("--eval_only evaluates a --checkpoint: give one")
     return args
 
 
-def preset_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML preset as argv; names are checked here because argparse would not say which file they stand in."""
-    try:
-        preset = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: cannot be read ({error})")
-    if not isinstance(preset, dict):
-        parser.error(f"--config {path}: must hold one 'flag: value' a line")
-    return as_argv(preset, path, parser)
-
-
-def checkpoint_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
+def checkpoint_argv(path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
     """What a checkpoint of ours says about its model, so that it needs no flag again; [] for a released one."""
     try:
         stored = load_checkpoint(path).get("args")
@@ -181,22 +150,8 @@ def checkpoint_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
     groups = {g.title: g for g in parser._action_groups}
     own = [a.dest for title in ("model", "matching") for a in groups[title]._group_actions if a.dest != "checkpoint"]
     own += ["max_words", "max_frames", "fusion_weight", "recipe", "precision"]
+    own += ["select_on"] if eval_only else []  # its epoch was chosen when it was trained, and the result says on what
     return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser) if stored else []
-
-
-def as_argv(values: dict, path: str, parser: argparse.ArgumentParser) -> list[str]:
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    argv = []
-    for key, value in values.items():
-        if key not in actions:
-            parser.error(f"{path}: there is no flag {key!r}")
-        if isinstance(actions[key], argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                parser.error(f"{path}: {key} must be true or false, not {value!r}")
-            argv.append(f"--{'' if value else 'no-'}{key}")
-        else:
-            argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -221,7 +176,7 @@ def build_model(args: argparse.Namespace) -> tuple[NarVid, clip.ClipConfig]:
         if args.max_words > clip_config.context_length:
             raise InputError(f"--max_words {args.max_words}: the text tower has {clip_config.context_length} positions")
         if args.max_frames > NarVidConfig.positions:
-            raise InputError(f"--max_frames {args.max_frames}: the temporal encoders have {NarVidConfig.positions} positions")
+            raise InputError(f"--max_frames {args.max_frames}: there are {NarVidConfig.positions} temporal positions")
         model = NarVid(towers, NarVidConfig(clip_config.embed_dim, tuple(args.modules), args.temporal_layers,
                                             dropout=args.dropout, temperature=args.temperature))
         if ours:
@@ -248,7 +203,7 @@ def load_released(model: NarVid, state: dict, path: str) -> None:
     state = {key.removeprefix("module."): value for key, value in state.items()}
     towers = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
     clip.load_weights(model.clip, {k: v for k, v in towers.items() if k not in clip.ARCHIVE_KEYS}, source=path)
-    clip.load_weights(model.heads, heads_from_release(state).state_dict(), source=path)
+    clip.load_weights(model.heads, heads_from_release(state, source=path).state_dict(), source=path)
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
@@ -259,7 +214,7 @@ def autocast(args: argparse.Namespace, device: torch.device):
 
 
 def matching(args: argparse.Namespace) -> dict:
-    """Keyword arguments of similarity.match: without QAF every real frame counts alike, without NM only the coarse cosine."""
+    """Arguments of similarity.match: without QAF every real frame counts alike, without NM only the coarse cosine."""
     method = args.filter if "QAF" in args.modules else "uniform"
     return dict(method=method, p=args.filter_p, k=args.filter_k, temperature=args.temperature, fidelity=args.fidelity,
                 fine="NM" in args.modules)
@@ -275,9 +230,13 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
     wanted = ["test"] if args.eval_only else ["train", "test"]
     wanted += ["train"] if args.eval_only and args.qb_norm_queries else []
     wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
-    splits = {name: load_split(Path(args.data_dir, f"{name}.jsonl"), args.frames, frame_times, max_frames=args.max_frames,
-                               narrations=narrations, narrations_path=args.narrations,
-                               missing_narration=args.missing_narration) for name in wanted}
+    load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, max_frames=args.max_frames,
+                   narrations=narrations, narrations_path=args.narrations, missing_narration=args.missing_narration)
+    splits = {name: load(Path(args.data_dir, f"{name}.jsonl")) for name in wanted}
+    for name, split in splits.items():
+        if len(split.videos) < world.size:
+            raise InputError(f"{Path(args.data_dir, name)}.jsonl: its {len(split.videos)} videos cannot be shared "
+                             f"among {world.size} processes; start fewer")
     error = None
     if world.rank == 0:
         try:
@@ -295,7 +254,7 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
 
 
 def loss_parts(queries, videos, scale, video_index, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Eq. 10 as named parts, to be summed: NCE of each view and, with module CVH, alpha times the hard-negative loss."""
+    """Eq. 10 as named parts to be summed: NCE of each view and, with CVH, alpha times the hard-negative loss."""
     similarity = match(queries, videos, **matching(args))
     exclude = video_index[:, None] == video_index[None, :] if args.exclude_same_video else None
     half = 0.5 if args.fidelity == "paper" and "narration" in similarity else 1.0  # Eq. 5's 1/2; the release has none
@@ -324,24 +283,27 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
             queries, videos = distributed.gather_features(queries, videos)
             parts = loss_parts(queries, videos, scale, distributed.gather(batch.video), args)
             loss = sum(parts.values())
-            if not torch.isfinite(loss):
-                names = [split.videos[v] for v in distributed.gather(batch.video).tolist()]
-                raise InputError(f"the loss is {loss.item()} at {where}; videos of the batch: {', '.join(names)}. The last "
-                                 "good checkpoint is kept; lower the learning rates or look at these videos")
+            stop_unless_finite(loss, f"the loss at {where}", batch, split)
             scaler.scale(loss / len(batches)).backward()
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.item() / len(batches)
     scaler.unscale_(optimizer)
     norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
-    if not torch.isfinite(norm) and not scaler.is_enabled():  # a scaler skips such a step and halves its scale
-        names = [split.videos[v] for v in distributed.gather(batch.video).tolist()]
-        raise InputError(f"the gradient is not finite at {where}; videos of the batch: {', '.join(names)}. The last good "
-                         "checkpoint is kept; lower the learning rates or look at these videos")
+    if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
+        stop_unless_finite(norm, f"the gradient at {where}", batch, split)
     scaler.step(optimizer)
     scaler.update()
     with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
         plain(model).clip.logit_scale.clamp_(max=np.log(100))
     return totals
+
+
+def stop_unless_finite(value: torch.Tensor, what: str, batch, split) -> None:
+    """Loss and gradient norm are the same on all ranks, so all stop; last.pt stays as it is."""
+    if not torch.isfinite(value):
+        names = [split.videos[v] for v in distributed.gather(batch.video).tolist()]
+        raise InputError(f"{what} is {value.item()}; videos of the batch: {', '.join(names)}. The last good checkpoint "
+                         "is kept; lower the learning rates or look at these videos")
 
 
 def plain(model) -> NarVid:
@@ -353,7 +315,7 @@ def plain(model) -> NarVid:
 
 
 def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunDir, *, final: bool = False) -> dict:
-    """Evaluate one split -> {"split", "metrics", "dsl"?, "qb_norm"?}; post-processed results are made for the final one."""
+    """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation."""
     model = plain(model).eval()
     split = splits[name]
     encoding = Encoding(clip_config.image_size, args.max_words, args.max_frames, args.eval_batch_size, args.num_workers,
@@ -361,7 +323,7 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
-              "videos_without_narration": len(split.skipped), "videos_missing": missing_videos(args.data_dir),
+              "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
               "metrics": table_of_matrices(scores, split.video_of_query, args.fusion_weight)}
     if final and args.dsl_scale:
         result["dsl"] = with_dsl(scores, split.video_of_query, args.fusion_weight, args.dsl_scale)
@@ -376,27 +338,6 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
                                            **{f"S_q{view[0]}": s.numpy() for view, s in scores.items()}})
     model.train()
     return result
-
-
-def missing_videos(data_dir: str) -> int:
-    """How many videos the prepare script had to drop; it stands in every result."""
-    path = Path(data_dir, "prepared.json")
-    return len(json.loads(path.read_text()).get("missing", [])) if path.exists() else 0
-
-
-def show(result: dict) -> str:
-    """The tables of one result."""
-    what = f"{result['split']}: {result['queries']} queries, {result['videos']} videos; epoch chosen on {result['select_on']}"
-    dropped = result["videos_missing"] + result["videos_without_narration"]
-    what += f"; {dropped} videos of the official split are missing" if dropped else ""
-    titles = {"metrics": what, "dsl": "after DSL", "qb_norm": "after QB-Norm"}
-    return "\n\n".join(format_table(result[key], title) for key, title in titles.items() if key in result)
-
-
-def selection_score(result: dict) -> float:
-    """Text-to-video R@1 of the best fused matrix there is."""
-    metrics = result["metrics"]
-    return metrics.get("S_fusion", metrics["S_qv"])["text_to_video"]["R@1"]
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -415,8 +356,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
-    run = RunDir(args.output_dir, vars(args), resume=args.resume == "auto", writes=world.rank == 0,
-                 tensorboard=args.tensorboard)
+    run = RunDir(args.output_dir, vars(args), resume=args.resume == "auto", writes=world.rank == 0)
     if args.resume == "auto" and (result := run.final_result()):
         run.log(f"{args.output_dir}: this run has ended\n{show(result)}")
         return result
@@ -424,21 +364,24 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     splits = load_data(args, world)
     model, clip_config = build_model(args)
     model.to(world.device)
-    test = partial(evaluate, splits=splits, name="test", args=args, clip_config=clip_config, world=world, run=run, final=True)
+    run.open(tensorboard=args.tensorboard)
+    test = partial(evaluate, splits=splits, name="test", args=args, clip_config=clip_config, world=world, run=run,
+                   final=True)
     if args.eval_only:
         return finish(run, [], test(model))
 
-    sampler = PairSampler(len(splits["train"].queries), args.batch_size, rank=world.rank, world_size=world.size,
+    train = splits["train"]
+    sampler = PairSampler(len(train.queries), args.batch_size, rank=world.rank, world_size=world.size,
                           seed=args.seed, accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(splits["train"], splits["train"].video_of_query, clip_config.image_size, cache=args.cache_frames)
-    to_batch = partial(collate, split=splits["train"], max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    dataset = FrameDataset(train, train.video_of_query, clip_config.image_size, cache=args.cache_frames)
+    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
     loader = make_loader(dataset, to_batch, sampler, num_workers=args.num_workers)
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,
                                       weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
-    run.log(f"{len(splits['train'].queries)} pairs of {len(splits['train'].videos)} videos, {sampler.steps} steps an epoch on "
+    run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; "
             f"{world.size} process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
 
     def save(name: str) -> None:
@@ -460,7 +403,7 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
         save("last.pt")
 
     while progress["epoch"] < args.epochs:
-        train_one_epoch(wrapped, loader, sampler, optimizer, scaler, progress, splits["train"], args, world, run,
+        train_one_epoch(wrapped, loader, sampler, optimizer, scaler, progress, train, args, world, run,
                         save=partial(save, "last.pt"), select=select)
     if args.select_on == "last":
         save("best.pt")
@@ -470,8 +413,10 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
 
 
 def resume(run: RunDir, model: NarVid, optimizer: torch.optim.Optimizer, scaler) -> dict:
-    """Where to go on: 1. weights, 2. optimiser, 3. loss scale, 4. progress and results so far. Nothing random is stored:
-    the order of samples comes from (seed, epoch), dropout from (seed, step, rank)."""
+    """Where to go on: 1. weights, 2. optimiser, 3. loss scale, 4. progress and results so far.
+
+    Nothing random is stored: the order of samples comes from (seed, epoch), dropout from (seed, step, rank).
+    """
     state = run.load("last.pt")
     fresh = {"epoch": 0, "step": 0, "global_step": 0, "best": -1.0, "results": []}
     if state is None:
@@ -483,8 +428,8 @@ def resume(run: RunDir, model: NarVid, optimizer: torch.optim.Optimizer, scaler)
     return {key: state[key] for key in fresh}
 
 
-def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, progress: dict, split, args, world, run: RunDir,
-                    *, save, select) -> None:
+def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, progress: dict, split, args, world,
+                    run: RunDir, *, save, select) -> None:
     """From progress["step"] to the end of progress["epoch"]; leaves progress at the start of the next epoch."""
     epoch, total = progress["epoch"], sampler.steps * args.epochs
     sampler.set(epoch, progress["step"])
@@ -494,7 +439,8 @@ def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, prog
     for step in bar:
         factor = optim.warmup_cosine(progress["global_step"] / total, args.warmup)
         optim.set_lr(optimizer, factor)
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, progress["global_step"], world.rank]).generate_state(1)[0]))
+        of_step = np.random.SeedSequence([args.seed, progress["global_step"], world.rank])
+        torch.manual_seed(int(of_step.generate_state(1)[0]))  # dropout
         parts = train_step(model, [next(batches) for _ in range(args.gradient_accumulation_steps)], optimizer, scaler,
                            f"epoch {epoch + 1}, step {step + 1}", split, args, world)
         progress["step"], progress["global_step"] = step + 1, progress["global_step"] + 1

@@ -15,17 +15,18 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 ARCHIVE_KEYS = ("input_resolution", "context_length", "vocab_size")  # only OpenAI's own archives carry them
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """All that is needed to build the towers again without a flag or a download; plain values, stored in checkpoints."""
+    """All that is needed to build the towers again without a flag or a download; plain values, kept in checkpoints."""
 
     embed_dim: int
     vision_cfg: dict
@@ -60,17 +61,18 @@ def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None 
     if pretrained is not None and Path(pretrained).is_file():
         state, needs_quick_gelu = read_weights(pretrained)
         if needs_quick_gelu is None and quick_gelu is None and not architecture.get("quick_gelu"):
-            raise ValueError(f"{pretrained}: nothing in this file tells whether its weights were trained with QuickGELU; "
-                             "add --quick_gelu (OpenAI's and everything fine-tuned from them) or --no-quick_gelu (LAION's)")
+            raise ValueError(f"{pretrained}: nothing in this file tells whether its weights are for QuickGELU: "
+                             "add --quick_gelu (OpenAI's, and what descends from them) or --no-quick_gelu (LAION's)")
     elif pretrained is not None:
         tag = get_pretrained_cfg(name, pretrained)
         if not tag:
-            raise ValueError(f"--clip_pretrained {pretrained}: no such file, and not one of open_clip's weights for {name} "
+            raise ValueError(f"--clip_pretrained {pretrained}: no such file, nor one of open_clip's weights for {name} "
                              f"({', '.join(list_pretrained_tags_by_model(name)) or 'it has none'})")
         try:
             state, _ = read_weights(download_pretrained(tag))
         except Exception as error:  # whatever the network or the hub's client raises: the user's next step is the same
-            raise ValueError(f"the weights {pretrained} of {name} could not be downloaded ({error}); "
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the weights {pretrained} of {name} could not be downloaded ({reason}); "
                              "give a file to --clip_pretrained instead") from error
         needs_quick_gelu = bool(tag.get("quick_gelu", False))
         mean, std = tuple(tag.get("mean") or mean), tuple(tag.get("std") or std)
@@ -79,11 +81,32 @@ def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None 
         raise ValueError(f"{pretrained} was trained with{'' if needs_quick_gelu else 'out'} QuickGELU; "
                          f"drop --{'' if quick_gelu else 'no-'}quick_gelu")
     chosen = next((x for x in (quick_gelu, needs_quick_gelu) if x is not None), architecture.get("quick_gelu", False))
-    config = ClipConfig(architecture["embed_dim"], architecture["vision_cfg"], architecture["text_cfg"], chosen, mean, std)
+    sizes = (architecture["embed_dim"], architecture["vision_cfg"], architecture["text_cfg"])
+    config = ClipConfig(*sizes, chosen, mean, std)
     towers = build_towers(config, half=half)
     if state is not None:
         load_weights(towers, state, source=pretrained)
+    else:  # open_clip's N(0, 0.02) is made for 10^5 steps: with it, texts stay nearly alike for the first hundreds
+        nn.init.normal_(towers.token_embedding.weight, std=0.3)
     return towers, config
+
+
+class PatchProduct(nn.Module):
+    """CLIP's patch convolution as the matrix product it is (kernel = stride, no bias); same weight, same name.
+
+    On CPUs the backward of torch's bf16 convolution costs more than a whole block; on GPUs the two are alike.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (width, 3, p, p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) -> (N, width, H / p, W / p)."""
+        p = self.weight.shape[-1]
+        n, channels, rows, columns = x.shape[0], x.shape[1], x.shape[2] // p, x.shape[3] // p
+        patches = x.view(n, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, 3, p, p)
+        return F.linear(patches.flatten(3), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
@@ -99,6 +122,7 @@ def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
     if not plain:
         raise ValueError("the towers must be a ViT and a causal text transformer pooled at the end token, as OpenAI's "
                          "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    towers.visual.conv1 = PatchProduct(towers.visual.conv1.weight)
     towers.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
     towers.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
     return towers
@@ -129,7 +153,7 @@ def encode_text(towers: CLIP, tokens: Tensor, *, words: bool = True) -> tuple[Te
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool | None]:
-    """A weights file -> its state dict in fp32 with CLIP's keys, and whether it needs QuickGELU (None: it does not say).
+    """A weights file -> its state dict in fp32 with CLIP's keys, and whether it needs QuickGELU (None: unsaid).
 
     Takes TorchScript archives, safetensors and state dicts (bare or under "state_dict"; "module." is stripped).
     """
@@ -142,8 +166,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool | None]:
             state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own
-        raise ValueError(f"{path}: not a TorchScript archive, state dict or safetensors file ({error})") from error
+    except Exception as error:  # pickle, zip and safetensors each raise their own, torch over many lines
+        raise ValueError(f"{path}: not a TorchScript archive, state dict or safetensors file, or a damaged one "
+                         f"({type(error).__name__}); download it again or name another file") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no state dict of tensors")
@@ -178,16 +203,19 @@ def _architecture(name: str) -> dict:
     else:
         architecture = open_clip.get_model_config(name)
     if architecture is None:
-        raise ValueError(f"--clip_model {name}: open_clip knows no such model; for example ViT-B-32, ViT-B-16, ViT-L-14, "
-                         "or a path to a model config in .json")
+        raise ValueError(f"--clip_model {name}: open_clip knows no such model; say ViT-B-32, ViT-B-16, ViT-L-14, "
+                         "or give a path to a model config in .json")
     absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
     if absent:
         raise ValueError(f"--clip_model {name}: the model config has no {', '.join(absent)}")
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
-    if ("timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in architecture
-            or architecture.get("custom_text") or not isinstance(vision.get("layers", 12), int)):
-        raise ValueError(f"--clip_model {name}: only ViTs with the plain causal text tower are supported, as OpenAI's and "
-                         "LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    # Known before anything is built; a tokenizer of its own would be fed CLIP's ids without a complaint.
+    foreign = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls"} & text.keys()
+    if (foreign or text.get("pool_type", "argmax") != "argmax" or "timm_model_name" in vision
+            or "multimodal_cfg" in architecture or architecture.get("custom_text")
+            or not isinstance(vision.get("layers", 12), int)):
+        raise ValueError(f"--clip_model {name}: only ViTs with the plain causal text tower are supported, as OpenAI's "
+                         "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
     return architecture
 
 

@@ -1,4 +1,4 @@
-"""From {train,val,test}.jsonl, frames and narrations to batches: one Split, one Dataset and one collate for every corpus.
+"""From {train,val,test}.jsonl, frames and narrations to batches: one Split, one Dataset, one collate for every corpus.
 
 Strings and paths end here; nothing below sees them. Which frames and which sentences is decided once, by the same
 indices, when a split is loaded (a sentence belongs to a frame by its time).
@@ -38,6 +38,7 @@ class Split(NamedTuple):
     picks: list[list[int]]  # V lists of at most K frame numbers
     sentences: list[list[str | None]] | None  # V lists as long as picks; None: no sentence for this frame
     skipped: list[str]  # videos left out for want of a narration
+    missing: int  # videos of the official split that the prepare script had to drop, in all splits together
 
 
 class Batch(NamedTuple):
@@ -86,8 +87,8 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
                 told = join(narrations[video], [times[i] for i in picked], times, video=video, path=narrations_path)
             if told is None or not any(told):
                 if missing_narration == "error":
-                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); narrate "
-                                     "it, or leave such videos out with --missing_narration skip-video")
+                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); "
+                                     "narrate it, or leave such videos out with --missing_narration skip-video")
                 skipped.add(video)
                 continue
             sentences.append(told)
@@ -97,7 +98,12 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
     if not pairs:
         raise InputError(f"{path}: no query is left, all {len(skipped)} videos lack a narration in {narrations_path}")
     return Split([query for _, query in pairs], np.array([index[video] for video, _ in pairs]), list(index),
-                 Path(frames_dir), picks, sentences if narrations is not None else None, sorted(skipped))
+                 Path(frames_dir), picks, sentences if narrations is not None else None, sorted(skipped),
+                 _missing(Path(path).with_name("prepared.json")))
+
+
+def _missing(prepared: Path) -> int:
+    return len(json.loads(prepared.read_text()).get("missing", [])) if prepared.exists() else 0
 
 
 def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
@@ -140,8 +146,8 @@ def check_frames(split: Split, *, quiet: bool = False) -> None:
 class FrameDataset(Dataset):
     """Item i: the picked frames of video `video_of_item[i]`, (K_v, 3, size, size) uint8.
 
-    Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache` keeps
-    decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
+    Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache`
+    keeps decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
     """
 
     def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False):
@@ -214,8 +220,8 @@ def _tokenizer():
 class PairSampler(Sampler):
     """This rank's part of each global batch of query indices, the same global batches for any number of ranks.
 
-    The order of an epoch comes from (seed, epoch) alone. One optimiser step takes `batch_size` queries over all ranks in
-    `accumulation` micro-batches; what does not fill a last batch is dropped. `set(epoch, step)` says where to go on.
+    The order of an epoch comes from (seed, epoch) alone. One optimiser step takes `batch_size` queries over all ranks
+    in `accumulation` micro-batches; what does not fill a last batch is dropped. `set(epoch, step)` says where to go on.
     """
 
     def __init__(self, n: int, batch_size: int, *, rank: int, world_size: int, seed: int, accumulation: int = 1):

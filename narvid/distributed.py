@@ -30,6 +30,10 @@ def start() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    else:
+        # The CPU's fused attention is made for long sequences: its backward over frames and captions of a few dozen
+        # tokens takes several times the plain products'.
+        torch.backends.cuda.enable_flash_sdp(False)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
@@ -71,7 +75,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_features(queries: Queries, videos: Videos) -> tuple[Queries, Videos]:
-    """The local part of a batch -> the global batch, with gradient; words are padded to the longest query of all ranks."""
+    """The local part of a batch -> the global batch, with gradient; words are padded to the longest query of all."""
     if not dist.is_initialized():
         return queries, videos
     length = torch.tensor(queries.words.shape[1], device=queries.words.device)
@@ -103,7 +107,7 @@ def collect(part: Tensor, n: int, world: World) -> Tensor:
 
 
 def agree(error: str | None, world: World) -> str | None:
-    """The first rank's error, if any rank has one, on every rank: all stop together and nobody waits for a dead peer."""
+    """The first rank's error, if any has one, on every rank: all stop together, nobody waits for a dead peer."""
     if world.size == 1:
         return error
     errors: list[str | None] = [None] * world.size

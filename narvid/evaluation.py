@@ -1,6 +1,6 @@
 """Evaluation: encode every query and every video once, score in blocks, fuse, rank, print the table.
 
-The same functions as in training do the scoring; the work is shared among ranks. Nothing here reads flags or writes files.
+The same functions as in training do the scoring; the work is shared among ranks. No flags, no files here.
 
 Legend: B queries, V videos, K frames, L words, D joint dimension.
 """
@@ -69,13 +69,17 @@ def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding,
     views = ("video",) if videos.narration is None else ("video", "narration")
     scores = {view: torch.zeros(len(mine), len(videos.mask)) for view in views}
     order = lengths.argsort(stable=True)  # queries of like length together: little padding
-    bar = tqdm(order.split(encoding.batch_size), desc="score queries", unit="batch", leave=False, disable=world.rank > 0)
+    batches = order.split(encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
+    bar = tqdm(batches, desc="score queries", unit="batch", leave=False, disable=world.rank > 0)
     for rows in bar:
         some, mask = tokenize([queries[mine.start + i] for i in rows.tolist()], encoding.max_words)
         with encoding.autocast():
             encoded = model.encode_queries(some.to(world.device), mask.to(world.device))
         for view, part in match(encoded, videos, block=encoding.batch_size, **encoding.matching).items():
             scores[view][rows] = part.float().cpu()
+    if not all(part.isfinite().all() for part in scores.values()):
+        raise InputError("the scores are not finite, the weights have diverged: lower the learning rates, or evaluate "
+                         "an earlier checkpoint")
     return {view: collect(part.to(world.device), len(queries), world).cpu() for view, part in scores.items()}
 
 
@@ -122,8 +126,25 @@ def format_table(metrics: dict[str, dict], title: str) -> str:
     columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
     directions = [d for d in ("text_to_video", "video_to_text") if d in next(iter(metrics.values()))]
     head = " | ".join(f"{d.replace('_', '-'):^34}" for d in directions)
-    lines = [title, f"{'':9}| {head}", f"{'':9}| " + " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)]
+    names = " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)
+    lines = [title, f"{'':9}| {head}", f"{'':9}| {names}"]
     for name, result in metrics.items():
         cells = ["".join(f"{result[d][c]:7.1f}" for c in columns)[1:] for d in directions]
         lines.append(f"{name:9}| " + " | ".join(cells))
     return "\n".join(lines)
+
+
+def show(result: dict) -> str:
+    """The tables of one result."""
+    what = f"{result['split']}: {result['queries']} queries, {result['videos']} videos"
+    what += f"; epoch chosen on {result['select_on']}"
+    dropped = result["videos_missing"] + result["videos_without_narration"]
+    what += f"; {dropped} videos of the official split are missing" if dropped else ""
+    titles = {"metrics": what, "dsl": "after DSL", "qb_norm": "after QB-Norm"}
+    return "\n\n".join(format_table(result[key], title) for key, title in titles.items() if key in result)
+
+
+def selection_score(result: dict) -> float:
+    """Text-to-video R@1 of the best fused matrix there is."""
+    metrics = result["metrics"]
+    return metrics.get("S_fusion", metrics["S_qv"])["text_to_video"]["R@1"]

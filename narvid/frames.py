@@ -94,7 +94,7 @@ def parse_index_line(line: str) -> dict:
 
 
 def check_jpg(path: str | Path) -> None:
-    """Raise an InputError naming the file unless a whole jpg is there; reads 4 bytes, decodes if the end is odd."""
+    """Raise an InputError naming the file unless a whole jpg is there; reads its header and end, decodes if odd."""
     try:
         with open(path, "rb") as f:
             head = f.read(2)
@@ -108,6 +108,11 @@ def check_jpg(path: str | Path) -> None:
         )
     if tail != b"\xff\xd9":  # some writers pad behind the end marker
         _open_rgb(path)
+        return
+    try:
+        Image.open(path).close()  # parses the header only
+    except (OSError, ValueError, SyntaxError) as e:
+        raise InputError(f"frame {path} is no jpg ({e}): delete its folder and run extract_frames again") from e
 
 
 def read_frames(paths: Sequence[str | Path], size: int) -> "torch.Tensor":

@@ -1,4 +1,4 @@
-"""What is done to similarity matrices at test time: fusion (Eq. 11), dual softmax (DSL), querybank normalisation (QB-Norm).
+"""What is done to similarity matrices at test time: fusion (Eq. 11), dual softmax (DSL), QB-Norm.
 
 Pure functions of (B, V) tensors: B queries, V videos. `scale` multiplies. DSL and QB-Norm look at more than one query
 at a time, so their results stand in columns of their own and are never mixed with plain ones.
@@ -21,8 +21,8 @@ def statistics(similarity: Tensor) -> tuple[float, float]:
 def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: Statistics | None = None) -> Tensor:
     """S_fusion of Eq. 11, weighted: 2 * (weight * z(S_qv) + (1 - weight) * z(S_qn)); weight 0.5 is the paper's.
 
-    s_video, s_narration (B, V) -> (B, V). z standardises with the matrix' own mean and standard deviation, or with given
-    `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix at hand is no fair sample (one query).
+    s_video, s_narration (B, V) -> (B, V). z standardises with the matrix' own mean and standard deviation, or with
+    given `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix is no fair sample (one query).
     A constant matrix carries no ranking and becomes zeros.
     """
     if not 0 <= weight <= 1:

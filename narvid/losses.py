@@ -102,5 +102,5 @@ def _mask_pairs(logits: Tensor, exclude: Tensor | None) -> Tensor:
 
 def _square(similarity: Tensor) -> Tensor:
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"a training similarity is (B, B) with the positives on its diagonal, not {tuple(similarity.shape)}")
+        raise ValueError(f"a training similarity is (B, B), positives on its diagonal, not {tuple(similarity.shape)}")
     return similarity

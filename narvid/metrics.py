@@ -11,8 +11,8 @@ import numpy as np
 def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray) -> dict[str, dict[str, float]]:
     """Both directions of retrieval.
 
-    similarity (B, V), higher is more alike; video_of_query (B,) the index of each query's video, any number of queries a
-    video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}.
+    similarity (B, V), higher is more alike; video_of_query (B,) the index of each query's video, any number of queries
+    a video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}.
     Ties count against: the rank is the number of candidates that score at least as high as the right one.
     Video-to-text (many captions a video): each video's best caption competes with every other video's best caption;
     a video without a caption is a candidate for queries but asks nothing itself.

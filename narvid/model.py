@@ -174,7 +174,8 @@ class Heads(nn.Module):
         if "NM" in config.modules:
             self.word_weight_mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(_init_linear)
 
-    def co_attend(self, frames: Tensor, narration: Tensor, mask: Tensor, narration_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def co_attend(self, frames: Tensor, narration: Tensor, mask: Tensor,
+                  narration_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 2. frames, narration (V, K, D); masks (V, K) -> both (V, K, D)."""
         return self.co_attention(frames, narration, mask, narration_mask)
 
@@ -186,7 +187,7 @@ class Heads(nn.Module):
         return Videos(self.temporal_frames(frames, mask), narration, mask, narration_mask)
 
     def word_weights(self, words: Tensor, word_mask: Tensor) -> Tensor:
-        """App. A: how much each word counts in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
+        """App. A: what a word counts in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
         logits = _widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
         return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=1).to(words.dtype)
 
@@ -206,7 +207,7 @@ class NarVid(nn.Module):
 
     def forward(self, tokens: Tensor, word_mask: Tensor, frames: Tensor, mask: Tensor, sentences: Tensor | None,
                 sentence_of_frame: Tensor | None, narration_mask: Tensor | None) -> tuple[Queries, Videos, Tensor]:
-        """A training batch -> its features and the logit scale; arguments as in `encode_queries` and `encode_videos`."""
+        """A training batch -> features and logit scale; arguments as in `encode_queries` and `encode_videos`."""
         return (self.encode_queries(tokens, word_mask),
                 self.encode_videos(frames, mask, sentences, sentence_of_frame, narration_mask),
                 self.clip.logit_scale.exp())
@@ -238,11 +239,11 @@ class NarVid(nn.Module):
 # ------------------------------------------------------------------------------------------------ released weights
 
 
-def heads_from_release(state_dict: dict[str, Tensor]) -> Heads:
+def heads_from_release(state_dict: dict[str, Tensor], *, source: str = "released checkpoint") -> Heads:
     """Heads in eval mode from a released NarVid checkpoint (FIELD_NOTES 9); sizes are read off the shapes.
 
-    CLIP's keys and the parameters that the release builds but never uses are ignored. Raises ValueError naming what is
-    missing or of another shape.
+    CLIP's keys and the parameters that the release builds but never uses are ignored. Raises ValueError naming `source`
+    and what is missing or of another shape.
     """
     state = {}
     for key, value in state_dict.items():
@@ -254,13 +255,14 @@ def heads_from_release(state_dict: dict[str, Tensor]) -> Heads:
                 break
     anchors = ("temporal_frames.positions", "word_weight_mlp.0.weight")
     if any(key not in state for key in anchors):
-        raise ValueError("no released NarVid checkpoint: frame_position_embeddings.weight or text_weight_fc.0.weight is missing")
+        raise ValueError(f"{source}: no released NarVid checkpoint, frame_position_embeddings.weight or "
+                         "text_weight_fc.0.weight is missing")
     positions, dim = state[anchors[0]].shape
     blocks = {key.split(".")[2] for key in state if key.startswith("temporal_frames.blocks.")}
     heads = Heads(NarVidConfig(dim=dim, temporal_layers=len(blocks), positions=positions))
     dtype = state[anchors[1]].dtype
     heads = heads.to(dtype if dtype == torch.float64 else torch.float32)
-    load_weights(heads, state, source="released checkpoint")
+    load_weights(heads, state, source=source)
     return heads.eval()
 
 
@@ -270,7 +272,8 @@ _RELEASED_NAMES = [
       for stream, n, v in (("frames", 1, "v"), ("narration", 2, "t"))
       for pattern, name in ((r"biattention\.(query|key|value){n}\.", r"\1."), (r"biOutput\.dense{n}\.", "out."),
                             (r"biOutput\.LayerNorm{n}\.", "norm_attention."),
-                            (r"{v}_intermediate\.dense\.", "feed_forward.0."), (r"{v}_output\.dense\.", "feed_forward.2."),
+                            (r"{v}_intermediate\.dense\.", "feed_forward.0."),
+                            (r"{v}_output\.dense\.", "feed_forward.2."),
                             (r"{v}_output\.LayerNorm\.", "norm_feed_forward."))],
     (r"frame_position_embeddings\.weight", "temporal_frames.positions"),
     (r"caption_position_embeddings\.weight", "temporal_narration.positions"),

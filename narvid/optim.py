@@ -191,3 +191,4 @@ def to_half(clip: nn.Module) -> None:
     and accept fp16 features, which the ordinary ones refuse on a GPU.
     """
     convert_weights_to_lp(clip, torch.float16)
+    clip.visual.conv1.half()  # the towers' patch product is no nn.Conv2d, which is what open_clip looks for

@@ -25,26 +25,35 @@ from tqdm import tqdm
 from . import InputError
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
-FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "log_every", "save_every", "tensorboard")
+FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "log_every", "save_every",
+                  "tensorboard")
 
 
 class RunDir:
     """One run on disk. Only the process with `writes` True touches it."""
 
-    def __init__(self, path: str | Path, config: dict, *, resume: bool, writes: bool, tensorboard: bool = False):
+    def __init__(self, path: str | Path, config: dict, *, resume: bool, writes: bool):
+        """Refuses a folder that holds something else, or another run; writes nothing yet (see `open`)."""
         self.path, self.writes, self.board = Path(path), writes, None
         if not writes:
             return
-        config = json.loads(json.dumps(config))  # tuples become lists, as YAML gives them back
+        self.config = json.loads(json.dumps(config))  # tuples become lists, as YAML gives them back
+        # A kill during the very first write leaves .config.yaml.tmp alone: that folder is as good as empty.
         if (self.path / "config.yaml").exists():
-            self._check_same_run(config, resume)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._check_same_run(self.config, resume)
+        elif self.path.exists() and (not self.path.is_dir()
+                                     or {p.name for p in self.path.iterdir()} - {".config.yaml.tmp"}):
             raise InputError(f"--output_dir {self.path}: holds files but no run; choose an empty or a new folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._replace("config.yaml", lambda f: f.write(
-            f"# commit: {_commit()}\n{yaml.safe_dump(config, sort_keys=True)}".encode()))
+
+    def open(self, *, tensorboard: bool = False) -> None:
+        """Make the folder and write config.yaml: called when data and model have been found good."""
+        if not self.writes:
+            return
         if tensorboard:
             self.board = _tensorboard(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._replace("config.yaml", lambda f: f.write(
+            f"# commit: {_commit()}\n{yaml.safe_dump(self.config, sort_keys=True)}".encode()))
 
     def log(self, text: str) -> None:
         """Print and append to log.txt."""
@@ -103,15 +112,18 @@ class RunDir:
                    if k not in FREE_TO_CHANGE and before.get(k) != config.get(k)]
         if changed:
             what = ", ".join(f"--{k} {before.get(k)} there, {config.get(k)} here" for k in changed[:4])
-            raise InputError(f"--output_dir {self.path}: holds another run ({what}); a run continues with its own flags")
+            raise InputError(f"--output_dir {self.path}: holds another run ({what}); continue a run with its own flags")
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of ours, or a bare state dict (a released one), without executing anything in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise InputError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a checkpoint that is there") from error
+    except Exception as error:  # zip, pickle and torch each raise their own, over many lines
+        raise InputError(f"{path}: is no checkpoint, or a damaged one ({type(error).__name__}); name a run's best.pt "
+                         "or last.pt, or a released one") from error
     if not isinstance(state, dict):
         raise InputError(f"{path}: is no checkpoint but a {type(state).__name__}")
     return state
@@ -128,5 +140,5 @@ def _tensorboard(path: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError("--tensorboard needs TensorBoard: pip install 'narvid[tensorboard]' or pip install tensorboard") from error
+        raise InputError("--tensorboard needs TensorBoard: pip install tensorboard") from error
     return SummaryWriter(str(path))

@@ -1,8 +1,8 @@
-"""Everything between queries and videos: the query-aware filter (Sec. 3.4) and multi-grained matching (Sec. 3.5, App. A).
+"""Everything between queries and videos: query-aware filter (Sec. 3.4) and multi-grained matching (Sec. 3.5, App. A).
 
 Pure functions without parameters, used alike in training and evaluation; no device moves, no ranks, no loss.
 
-Legend: B queries, V videos, K frames of a video (and sentences of its narration), L words of a query, D joint dimension.
+Legend: B queries, V videos, K frames of a video (and sentences of its narration), L words of a query, D dimension.
 Masks are bool, True = real. `temperature` divides.
 """
 
@@ -50,11 +50,11 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
                    temperature: float = 0.1, fidelity: str = "reported") -> Tensor:
     """Query-aware adaptive filtering (Sec. 3.4, Eq. 4): how much of each frame a query looks at.
 
-    cosine (B, V, K) of eos and frame (or sentence); mask (V, K). Returns (B, V, K), same dtype: 0 for dropped and padded
-    frames, rows sum to 1 (all 0 for a video without one real frame).
-    method: "nucleus" (the likeliest frames up to cumulative weight p), "topk" (the k likeliest), "none" (softmax, nothing
-    dropped) or "uniform" (the mean over real frames: the module switched off, Table 3).
-    fidelity: "paper" keeps the frame that carries the cumulative weight over p, "reported" drops it; rank 1 always stays.
+    cosine (B, V, K) of eos and frame (or sentence); mask (V, K). Returns (B, V, K), same dtype: 0 for dropped and
+    padded frames, rows sum to 1 (all 0 for a video without one real frame).
+    method: "nucleus" (the likeliest frames up to cumulative weight p), "topk" (the k likeliest), "none" (softmax,
+    nothing dropped) or "uniform" (the mean over real frames: the module switched off, Table 3).
+    fidelity: "paper" keeps the frame that carries the cumulative weight over p, "reported" drops it; rank 1 stays.
     """
     if method not in ("nucleus", "topk", "none", "uniform"):
         raise ValueError(f'method must be "nucleus", "topk", "none" or "uniform", not {method!r}')

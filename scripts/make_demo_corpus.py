@@ -45,7 +45,7 @@ RGB = {
     "red": (215, 30, 35), "orange": (250, 135, 15), "yellow": (245, 225, 30), "green": (25, 155, 50),
     "blue": (30, 70, 220), "purple": (140, 40, 170), "white": (250, 250, 250), "black": (12, 12, 12),
 }  # fmt: skip
-WORDS = {  # attribute -> value -> (words of a query, words of a narration)
+WORDS = {  # attribute -> value -> (words of a query, words of a narration); the usual word first, then a rarer one
     "colour": {
         "red": (("red", "scarlet"), ("crimson", "ruby")),
         "orange": (("orange", "tangerine"), ("amber", "pumpkin")),
@@ -80,6 +80,7 @@ WORDS = {  # attribute -> value -> (words of a query, words of a narration)
     },
 }
 QUERY, NARRATION = 0, 1  # which grammar of WORDS
+USUAL = 0.8  # chance of the usual word: people and captioners have habits
 QUERY_FRAMES = (  # the two events in the order in which they happen; for a parser, the most special first
     "first {} , then {}", "{} , followed by {}", "{} , and later {}", "{} , and after that {}", "{} , then {}",
 )  # fmt: skip
@@ -107,7 +108,8 @@ def draw_event(rng: np.random.Generator) -> dict:
 def say(rng: np.random.Generator, templates, named: dict, grammar: int) -> str:
     """One event in words. `named`: attribute -> value; what is missing is left unsaid (a missing shape: "thing")."""
     words = {attribute: "" for attribute in ATTRIBUTES} | {"shape": "thing"}
-    words |= {attribute: pick(rng, WORDS[attribute][value][grammar]) for attribute, value in named.items()}
+    for attribute, value in named.items():
+        words[attribute] = WORDS[attribute][value][grammar][int(rng.random() > USUAL)]
     noun = words["colour"] or words["shape"]
     text = pick(rng, templates).format(article="an" if noun[0] in "aeiou" else "a", **words)
     return " ".join(text.split())

@@ -1,9 +1,28 @@
-"""What every test shares: the checkout on the path, one thread."""
+"""What every test shares: the checkout on the path, one thread, and the tiny corpus with its weights (tiny.py)."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A --data_dir with frames, narrations and clip.json; read only."""
+    import tiny  # not for those tests that need no trainer
+
+    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, corpus) -> Path:
+    """A checkpoint of all modules, its weights from numpy: the same with every version of torch."""
+    import tiny
+
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("weights") / "start.pt", corpus)

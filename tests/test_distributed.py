@@ -1,0 +1,194 @@
+"""Several processes (gloo, on CPU) compute what one process computes with the whole batch.
+
+Where everything is float64 and nothing is random, "equal" means to 1e-9; the requirement is 1e-5. N items, W processes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import main_task_retrieval as trainer
+import pytest
+import tiny
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from narvid import distributed
+from narvid.model import Queries, Videos
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(world_size, function, *args, log):
+    """function on all ranks, to its end; a rank that fails fails the test with what it printed."""
+    processes = tiny.start_ranks(world_size, function, *args, log=log)
+    codes = [tiny.wait(process) for process in processes]
+    assert codes == [0] * world_size, "\n".join(p.read_text() for p in sorted(log.parent.glob(f"{log.name}.*")))
+
+
+# -------------------------------------------------------------------------------------------- one step, in float64
+
+
+def write_step(argv, out):
+    """On one rank: the trainer's own first step -> {"parts", "gradients", "length" of its longest query} in <out>.<rank>."""
+    world = distributed.start()
+    step = tiny.first_step(argv, world.rank, world.size)
+    step.model.double()
+    model = DistributedDataParallel(step.model) if world.size > 1 else step.model
+    parts = tiny.take_step(step, model, world)
+    gradients = {name: p.grad for name, p in step.model.named_parameters() if p.requires_grad}
+    torch.save({"parts": parts, "gradients": gradients, "length": step.batches[0].tokens.shape[1],
+                "videos": step.batches[0].video}, f"{out}.{world.rank}")
+    distributed.stop()
+
+
+VARIANTS = {"hinge": ["--exclude_same_video"], "nce": ["--hard_loss", "nce", "--exclude_same_video", "--freeze_layers", -1],
+            "accumulated": ["--exclude_same_video", "--gradient_accumulation_steps", 2, "--grad_checkpointing"],
+            "baseline": ["--modules"]}
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, weights, tmp_path_factory):
+    """Variant -> (argv, its first step in one process)."""
+    folder, steps = tmp_path_factory.mktemp("alone"), {}
+    for name, more in VARIANTS.items():
+        start = tiny.write_checkpoint(folder / "baseline.pt", corpus, modules=()) if name == "baseline" else weights
+        argv = tiny.flags(corpus, folder, "--checkpoint", start, "--dropout", 0, *more)
+        write_step(argv, folder / name)
+        steps[name] = argv, torch.load(folder / f"{name}.0")
+    return steps
+
+
+@pytest.mark.parametrize("world_size, variant", [(2, "hinge"), (4, "hinge"), (2, "nce"), (2, "accumulated"), (2, "baseline")])
+def test_loss_and_every_gradient_equal_those_of_one_process(alone, tmp_path, world_size, variant):
+    argv, expected = alone[variant]
+    run_ranks(world_size, write_step, argv, tmp_path / "step", log=tmp_path / "log")
+    ranks = [torch.load(tmp_path / f"step.{rank}") for rank in range(world_size)]
+
+    assert len({r["length"] for r in ranks}) > 1  # the ranks' longest queries differ: they are padded before the gather
+    assert len(expected["videos"].unique()) < len(expected["videos"])  # a video twice in the batch: exclusion matters
+    assert expected["gradients"].keys() and all(g.abs().max() < 1e6 for g in expected["gradients"].values())
+    for rank in ranks:
+        assert rank["parts"] == pytest.approx(expected["parts"], rel=1e-9)
+        assert rank["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            assert gradient.dtype == torch.float64
+            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------- the helpers
+
+
+def check_helpers():
+    """On one rank: sharing and collecting give back what was shared, for any number of items."""
+    world = distributed.start()
+    for n in (0, 1, 2, 3, 7, 8, 100):
+        shares = [distributed.share(n, world._replace(rank=rank)) for rank in range(world.size)]
+        assert [i for part in shares for i in part] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        mine = shares[world.rank]
+        whole = torch.arange(6.0 * n).view(n, 3, 2) + 0.5
+        for x in (whole, whole.long(), whole.sum(dim=(1, 2)) % 2 > 0, whole.half()):
+            got = distributed.collect(x[mine.start:mine.stop], n, world)
+            assert got.dtype == x.dtype and torch.equal(got, x)
+    assert torch.equal(distributed.gather(torch.tensor([world.rank, 7])), torch.tensor([0, 7, 1, 7, 2, 7]))
+    told = distributed.agree("rank 1 has no disk" if world.rank == 1 else None, world)
+    assert told == "rank 1 has no disk"
+    assert distributed.agree(None, world) is None
+    distributed.stop()
+
+
+def test_share_collect_gather_agree(tmp_path):
+    run_ranks(3, check_helpers, log=tmp_path / "log")
+
+
+def test_one_process_needs_no_group():
+    world = distributed.start()
+    assert (world.rank, world.size) == (0, 1) and not torch.distributed.is_initialized()
+    x = torch.rand(3, 2)
+    queries, videos = Queries(x, x, x, None), Videos(x, None, x, None)
+    assert distributed.gather_features(queries, videos) == (queries, videos)
+    assert distributed.gather(x) is x and distributed.collect(x, 3, world) is x and distributed.agree("no", world) == "no"
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+def torchrun(world_size, *argv):
+    """python -m torch.distributed.run main_task_retrieval.py -> (exit code, all that was printed)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size),
+               str(ROOT / "main_task_retrieval.py"), *argv]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout
+
+
+def test_torchrun_gives_the_run_of_one_process(corpus, weights, tmp_path):
+    def argv(run):
+        return tiny.flags(corpus, tmp_path / run, "--checkpoint", weights, "--dropout", 0, "--exclude_same_video",
+                          "--qb_norm_queries", 1, "--dsl_scale", 10)
+
+    trainer.main(argv("one"))
+    code, printed = torchrun(2, *argv("two"))
+    assert code == 0, printed
+    assert tiny.losses(tmp_path / "two") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-4)
+    assert tiny.results(tmp_path / "two") == tiny.results(tmp_path / "one")
+    one, two = (torch.load(tmp_path / run / "last.pt")["model"] for run in ("one", "two"))
+    # Adam turns rounding into steps where a gradient is 0 (biases before a softmax), so weights are only near.
+    assert max((one[name] - two[name]).abs().max() for name in one) < 5e-3
+
+
+# Not even torchrun is needed for these two: the others notice that the connection is closed.
+
+
+def test_refusal_by_rank_0_ends_all(corpus, tmp_path):
+    (tmp_path / "thesis.txt").write_text("this folder is no run, which only rank 0 looks at")
+    ranks = tiny.start_ranks(2, trainer.main, tiny.flags(corpus, tmp_path), log=tmp_path / "log")
+    assert 0 not in [tiny.wait(process) for process in ranks]
+    assert "holds files but no run" in (tmp_path / "log.0").read_text()
+
+
+def test_broken_frame_of_rank_1_ends_all(corpus, tmp_path):
+    """A jpg that is broken inside is found in the middle of training."""
+    broken = tmp_path / "frames"
+    os.makedirs(broken)
+    for entry in (corpus / "frames").iterdir():
+        os.symlink(entry, broken / entry.name)
+    argv = tiny.flags(corpus, tmp_path / "run", "--frames", broken)
+    step = tiny.first_step(argv, rank=1, world_size=2)
+    other = tiny.first_step(argv, rank=0, world_size=2)
+    only_there = set(step.batches[0].video.tolist()) - set(other.batches[0].video.tolist())
+    video = step.split.videos[min(only_there)]
+    os.remove(broken / video)
+    os.mkdir(broken / video)
+    for jpg in (corpus / "frames" / video).iterdir():
+        whole = jpg.read_bytes()
+        (broken / video / jpg.name).write_bytes(whole[:len(whole) // 3] + whole[-2:])  # both ends are right
+    ranks = tiny.start_ranks(2, trainer.main, argv, log=tmp_path / "log")
+    codes = [tiny.wait(process) for process in ranks]
+    assert 0 not in codes
+    assert f"error: frame {broken / video}" in (tmp_path / "log.1").read_text()
+
+
+@pytest.mark.parametrize("world_size, more, message", [
+    (3, [], "--batch_size 16 is global and must divide by 3 processes"),
+    (4, ["--batch_size", 48], "39 training pairs do not fill one batch of 48"),
+])
+def test_batch_that_does_not_fit_the_processes_is_refused(corpus, tmp_path, world_size, more, message):
+    ranks = tiny.start_ranks(world_size, trainer.main, tiny.flags(corpus, tmp_path / "run", *more), log=tmp_path / "log")
+    assert [tiny.wait(process) for process in ranks] == [1] * world_size
+    assert message in (tmp_path / "log.0").read_text()
+
+
+def test_more_processes_than_videos_are_refused_before_training(corpus, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train.jsonl", "narrations.jsonl"):
+        (data / name).write_bytes((corpus / name).read_bytes())
+    (data / "test.jsonl").write_text((corpus / "test.jsonl").read_text().splitlines()[0])
+    argv = tiny.flags(corpus, tmp_path / "run", "--data_dir", data, "--frames", corpus / "frames")
+    ranks = tiny.start_ranks(2, trainer.main, argv, log=tmp_path / "log")
+    assert [tiny.wait(process) for process in ranks] == [1, 1]
+    message = (tmp_path / "log.0").read_text()
+    assert "error: " in message and "test.jsonl: its 1 videos cannot be shared among 2" in message and "epoch" not in message

@@ -1,0 +1,200 @@
+"""What the trainer's tests share: a tiny corpus, tiny CLIP towers with weights from numpy, and processes that start fast.
+
+Nothing here is random to the reader: numpy's RandomState is frozen by its makers, pictures are flat patches that every
+jpg decoder gives back alike, and weights do not come from torch's initialisers. Nothing here tests anything.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import main_task_retrieval as trainer
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from narvid import clip
+from narvid.datasets import Batch, FrameDataset, PairSampler, Split, collate
+from narvid.distributed import World
+from narvid.model import MODULES, NarVid, NarVidConfig
+
+SIDE = 32  # pixels
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220), "yellow": (240, 220, 30),
+           "white": (245, 245, 245), "black": (15, 15, 15), "pink": (250, 150, 190), "brown": (120, 70, 30)}
+VIDEOS = {"train": 13, "val": 9, "test": 11}
+CLIP = {"embed_dim": 64,
+        "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
+LADDER = [list(MODULES[:n]) for n in range(len(MODULES) + 1)]  # the rows of Table 3: baseline, + NM, + CMI, + QAF, + CVH
+
+# ---- the corpus ----
+
+
+def make_corpus(folder: Path) -> Path:
+    """33 videos of 1 to 9 frames at 1 fps, 1 to 4 queries each, narrations with holes -> the folder, ready to train on."""
+    rng = np.random.RandomState(7)
+    index, narrations = [], []
+    for split, count in VIDEOS.items():
+        pairs = []
+        for number in range(count):
+            video = f"{split}{number}"
+            seen = _make_frames(folder / "frames" / video, rng, frames=1 + (4 * number + 2) % 9)
+            index.append({"video": video, "times": [float(k) for k in range(len(seen))], "sampling": "1 fps"})
+            narrations.append({"video": video, "captioner": "tiny", "prompt": "", "sentences": _narrate(seen, rng)})
+            pairs += [{"video": video, "query": query} for query in _queries(seen, rng, 3 if split == "train" else 1 + number % 4)]
+        _write_lines(folder / f"{split}.jsonl", pairs)
+    _write_lines(folder / "frames" / "index.jsonl", index)
+    _write_lines(folder / "narrations.jsonl", narrations)
+    (folder / "clip.json").write_text(json.dumps(CLIP))
+    return folder
+
+
+def _make_frames(folder: Path, rng, *, frames: int) -> list[list[str]]:
+    """Pictures of four flat patches, some of them wider than high -> the colours of each."""
+    folder.mkdir(parents=True)
+    width = SIDE + 16 * rng.randint(2)
+    seen = [[str(colour) for colour in rng.choice(sorted(COLOURS), 4)] for _ in range(frames)]
+    for k, colours in enumerate(seen):
+        picture = np.empty((SIDE, width, 3), dtype=np.uint8)
+        for patch, colour in enumerate(colours):
+            picture[16 * (patch // 2):][:16, width // 2 * (patch % 2):][:, :width // 2] = COLOURS[colour]
+        Image.fromarray(picture).save(folder / f"{k:05d}.jpg", quality=95, subsampling=0)
+    return seen
+
+
+def _narrate(seen: list[list[str]], rng) -> list[dict]:
+    """A sentence a frame; of three or more frames one has no sentence and one a blank one."""
+    sentences = [{"time": float(k), "text": f"a picture of {a} and {b}, with {c} below"} for k, (a, b, c, _) in enumerate(seen)]
+    if len(seen) > 3:
+        sentences[rng.randint(1, len(seen))]["text"] = " "
+        sentences.pop(-1)
+    return sentences
+
+
+def _queries(seen: list[list[str]], rng, count: int) -> list[str]:
+    forms = ["{}{} turns {}", "something {}{} becomes {}", "{}{} and then, after a while, {}", "{}{} {}"]
+    return [forms[rng.randint(4)].format("very " * rng.randint(8), seen[0][rng.randint(4)], seen[-1][rng.randint(4)])
+            for _ in range(count)]  # of many lengths
+
+
+def _write_lines(path: Path, entries: list[dict]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+# ---- weights, flags, batches ----
+
+
+def flags(corpus: Path, output_dir: Path, *more) -> list[str]:
+    """argv of a run of 2 epochs x 2 steps in fp32; `more` stands behind and wins."""
+    return [str(x) for x in (
+        "--data_dir", corpus, "--clip_model", corpus / "clip.json", "--output_dir", output_dir, "--max_frames", 6,
+        "--max_words", 24, "--num_workers", 0, "--temporal_layers", 2, "--precision", "fp32", "--epochs", 2,
+        "--batch_size", 16, "--lr", 1e-3, "--clip_lr", 1e-3, "--eval_batch_size", 5, "--log_every", 1, *more)]
+
+
+def write_checkpoint(path: Path, corpus: Path, modules=MODULES, seed: int = 0) -> Path:
+    """A checkpoint to start from whose every weight comes from numpy."""
+    config = clip.ClipConfig(**CLIP)
+    model = NarVid(clip.build_towers(config), NarVidConfig(CLIP["embed_dim"], tuple(modules), temporal_layers=2))
+    rng = np.random.RandomState(seed)
+    state = model.state_dict()
+    for name in sorted(state):
+        values = 0.1 * rng.standard_normal(tuple(state[name].shape))
+        if name.endswith("weight") and values.ndim == 1:  # LayerNorm
+            values += 1
+        state[name] = torch.tensor(values, dtype=torch.float32)
+    state["clip.logit_scale"].fill_(np.log(1 / 0.07))
+    stored = {"clip_model": str(corpus / "clip.json"), "modules": list(modules), "temporal_layers": 2}
+    torch.save({"model": state, "clip_config": asdict(config), "args": stored}, path)
+    return path
+
+
+class FirstStep(NamedTuple):
+    """What the trainer has in hand before its first step."""
+
+    args: argparse.Namespace
+    split: Split  # train
+    model: NarVid
+    batches: list[Batch]  # this rank's part of the first global batch, one a micro-batch
+
+
+def first_step(argv: list[str], rank: int = 0, world_size: int = 1) -> FirstStep:
+    """The run of these flags up to its first step."""
+    args = trainer.parse_args(argv)
+    trainer.seed_everything(args)
+    split = trainer.load_data(args, World(0, 1, torch.device("cpu")))["train"]
+    model, config = trainer.build_model(args)
+    sampler = PairSampler(len(split.queries), args.batch_size, rank=rank, world_size=world_size, seed=args.seed,
+                          accumulation=args.gradient_accumulation_steps)
+    dataset = FrameDataset(split, split.video_of_query, config.image_size)
+    items = list(sampler)[:args.gradient_accumulation_steps]
+    batches = [collate([dataset[i] for i in some], split=split, max_words=args.max_words, max_frames=args.max_frames,
+                       with_queries=True) for some in items]
+    return FirstStep(args, split, model, batches)
+
+
+def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, float]:
+    """The trainer's own step at rate 0 -> its loss parts; the gradients, unclipped, stay in the model."""
+    step.args.max_grad_norm = 1e9
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return trainer.train_step(model, step.batches, torch.optim.SGD(trained, lr=0.0), torch.amp.GradScaler(enabled=False),
+                              "step 1", step.split, step.args, world)
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step, from the run's log."""
+    return [float(value) for value in re.findall(r"^epoch \d+ step .* loss (\S+)", (run / "log.txt").read_text(), re.M)]
+
+
+def results(run: Path) -> list[dict]:
+    """The evaluations of a run, the final one last."""
+    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+
+
+# ---- processes ----
+
+# torch is imported once, by a server; each process is then forked from it, clean, in milliseconds.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch.distributed", "open_clip"])
+
+
+def start(function, *args, log: Path, **environment: str) -> multiprocessing.Process:
+    """function(*args) in a process of its own; what it prints goes to `log`."""
+    process = _processes.Process(target=_run, args=(function, args, log, environment))
+    process.start()
+    return process
+
+
+def _run(function, args, log, environment):
+    with open(log, "a") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def start_ranks(world_size: int, function, *args, log: Path) -> list[multiprocessing.Process]:
+    """function(*args) on `world_size` ranks with torchrun's environment; rank r prints to <log>.r."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [start(function, *args, log=log.with_name(f"{log.name}.{rank}"), RANK=str(rank), LOCAL_RANK=str(rank),
+                  WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            for rank in range(world_size)]
+
+
+def wait(process: multiprocessing.Process, timeout: float = 60) -> int:
+    """The exit code (negative: the signal); a process that does not end in time is killed and an error."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the process did not end in {timeout} s")
+    return process.exitcode
