@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     has_val = Path(args.data_dir, "val.jsonl").exists()
     args.select_on = args.select_on or ("unknown" if args.eval_only else "val" if has_val else "last")
     if args.select_on == "val" and not has_val and not args.eval_only:
-        parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test, which peeks)")
+        parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
     if args.eval_only and not args.checkpoint:
         parser.error("--eval_only evaluates a --checkpoint: give one")
     return args
@@ -381,10 +381,13 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
-    run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; "
-            f"{world.size} process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
+    run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
+            f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
 
     def save(name: str) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good checkpoint is "
+                             "kept, lower the learning rates")
         run.save(name, {"model": model.state_dict(), "clip_config": asdict(clip_config), "args": vars(args), **progress}
                  | ({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} if name == "last.pt" else {}))
 

@@ -465,7 +465,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     videos = commands.add_parser("videos", help="write videos/, annotations/ and truth.jsonl", **form)
-    videos.add_argument("--train", type=count, default=1800, help="training videos")
+    videos.add_argument("--train", type=count, default=1280, help="training videos")
     videos.add_argument("--test", type=count, default=250, help="test videos")
     videos.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
     narrator = commands.add_parser("narrate", help="write narrations.jsonl from the truth", **form)

@@ -56,7 +56,8 @@ def narrate(data: Path) -> None:
         for entry in read_lines(data / "frames" / "index.jsonl"):
             told = [c for c in captions[entry["video"]] if c.strip() != asked.get(entry["video"])]
             sentences = [{"time": t, "text": told[i % len(told)]} for i, t in enumerate(entry["times"])]
-            f.write(json.dumps({"video": entry["video"], "captioner": "people", "prompt": "", "sentences": sentences}) + "\n")
+            line = {"video": entry["video"], "captioner": "people", "prompt": "", "sentences": sentences}
+            f.write(json.dumps(line) + "\n")
 
 
 def test_real_clips_from_official_files_to_a_table(folder):
@@ -80,10 +81,10 @@ def test_real_clips_from_official_files_to_a_table(folder):
     kept = [entry for i, entry in enumerate(train) if i % 20 < CAPTIONS]
     (data / "train.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     pretrained = ["--clip_pretrained", WEIGHTS] if WEIGHTS else []
-    printed = command("main_task_retrieval.py", "--data_dir", data, "--output_dir", run, "--clip_model", "ViT-B-32", *pretrained,
-                      "--modules", "NM", "CMI", "QAF", "CVH", "--exclude_same_video", "--max_frames", 2, "--max_words", 16,
-                      "--epochs", 1, "--batch_size", 16, "--freeze_layers", 11, "--precision", "fp32", "--num_workers", 0,
-                      "--log_every", 1, "--save_similarity")
+    printed = command("main_task_retrieval.py", "--data_dir", data, "--output_dir", run, "--clip_model", "ViT-B-32",
+                      *pretrained, "--modules", "NM", "CMI", "QAF", "CVH", "--exclude_same_video", "--max_frames", 2,
+                      "--max_words", 16, "--epochs", 1, "--batch_size", 16, "--freeze_layers", 11,
+                      "--precision", "fp32", "--num_workers", 0, "--log_every", 1, "--save_similarity")
     losses = tiny.losses(run)
     assert len(losses) == len(kept) // 16 and all(0 < loss < 50 for loss in losses)
     [result] = tiny.results(run)

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a tiny corpus, tiny CLIP towers with weights from numpy, and processes that start fast.
+"""What the trainer's tests share: a tiny corpus, tiny CLIP towers with weights from numpy, processes that start fast.
 
 Nothing here is random to the reader: numpy's RandomState is frozen by its makers, pictures are flat patches that every
 jpg decoder gives back alike, and weights do not come from torch's initialisers. Nothing here tests anything.
@@ -32,13 +32,13 @@ VIDEOS = {"train": 13, "val": 9, "test": 11}
 CLIP = {"embed_dim": 64,
         "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
-LADDER = [list(MODULES[:n]) for n in range(len(MODULES) + 1)]  # the rows of Table 3: baseline, + NM, + CMI, + QAF, + CVH
+LADDER = [list(MODULES[:n]) for n in range(len(MODULES) + 1)]  # Table 3: baseline, + NM, + CMI, + QAF, + CVH
 
 # ---- the corpus ----
 
 
 def make_corpus(folder: Path) -> Path:
-    """33 videos of 1 to 9 frames at 1 fps, 1 to 4 queries each, narrations with holes -> the folder, ready to train on."""
+    """33 videos of 1 to 9 frames at 1 fps, 1 to 4 queries each, narrations with holes -> the folder, ready to train."""
     rng = np.random.RandomState(7)
     index, narrations = [], []
     for split, count in VIDEOS.items():
@@ -48,7 +48,8 @@ def make_corpus(folder: Path) -> Path:
             seen = _make_frames(folder / "frames" / video, rng, frames=1 + (4 * number + 2) % 9)
             index.append({"video": video, "times": [float(k) for k in range(len(seen))], "sampling": "1 fps"})
             narrations.append({"video": video, "captioner": "tiny", "prompt": "", "sentences": _narrate(seen, rng)})
-            pairs += [{"video": video, "query": query} for query in _queries(seen, rng, 3 if split == "train" else 1 + number % 4)]
+            queries = _queries(seen, rng, 3 if split == "train" else 1 + number % 4)
+            pairs += [{"video": video, "query": query} for query in queries]
         _write_lines(folder / f"{split}.jsonl", pairs)
     _write_lines(folder / "frames" / "index.jsonl", index)
     _write_lines(folder / "narrations.jsonl", narrations)
@@ -71,7 +72,8 @@ def _make_frames(folder: Path, rng, *, frames: int) -> list[list[str]]:
 
 def _narrate(seen: list[list[str]], rng) -> list[dict]:
     """A sentence a frame; of three or more frames one has no sentence and one a blank one."""
-    sentences = [{"time": float(k), "text": f"a picture of {a} and {b}, with {c} below"} for k, (a, b, c, _) in enumerate(seen)]
+    sentences = [{"time": float(k), "text": f"a picture of {a} and {b}, with {c} below"}
+                 for k, (a, b, c, _) in enumerate(seen)]
     if len(seen) > 3:
         sentences[rng.randint(1, len(seen))]["text"] = " "
         sentences.pop(-1)
@@ -144,8 +146,8 @@ def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, floa
     """The trainer's own step at rate 0 -> its loss parts; the gradients, unclipped, stay in the model."""
     step.args.max_grad_norm = 1e9
     trained = [p for p in model.parameters() if p.requires_grad]
-    return trainer.train_step(model, step.batches, torch.optim.SGD(trained, lr=0.0), torch.amp.GradScaler(enabled=False),
-                              "step 1", step.split, step.args, world)
+    optimizer, scaler = torch.optim.SGD(trained, lr=0.0), torch.amp.GradScaler(enabled=False)
+    return trainer.train_step(model, step.batches, optimizer, scaler, "step 1", step.split, step.args, world)
 
 
 def losses(run: Path) -> list[float]:
