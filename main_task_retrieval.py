@@ -386,8 +386,8 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
 
     def save(name: str) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
-            raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good checkpoint is "
-                             "kept, lower the learning rates")
+            raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good "
+                             "checkpoint is kept, lower the learning rates")
         run.save(name, {"model": model.state_dict(), "clip_config": asdict(clip_config), "args": vars(args), **progress}
                  | ({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} if name == "last.pt" else {}))
 

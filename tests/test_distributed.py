@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import main_task_retrieval as trainer
 import pytest
 import tiny
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import main_task_retrieval as trainer
 from narvid import distributed
 from narvid.model import Queries, Videos
 
@@ -122,7 +122,7 @@ def torchrun(world_size, *argv):
     """python -m torch.distributed.run main_task_retrieval.py -> (exit code, all that was printed)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size),
                str(ROOT / "main_task_retrieval.py"), *argv]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+    done = subprocess.run(command, check=False, timeout=120, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 

@@ -11,11 +11,12 @@ import random
 import signal
 import time
 
-import main_task_retrieval as trainer
 import numpy as np
 import pytest
 import tiny
 import torch
+
+import main_task_retrieval as trainer
 
 # Dropout on, evaluations and saves inside the epochs, 2 x 4 steps: there is much that could go another way.
 FLAGS = ("--batch_size", 8, "--dropout", 0.3, "--eval_every", 3, "--save_every", 1, "--save_similarity")

@@ -6,7 +6,6 @@ B queries, V videos, K frames of a video and sentences of its narration.
 
 import json
 
-import main_task_retrieval as trainer
 import numpy as np
 import pytest
 import reference
@@ -14,6 +13,7 @@ import tiny
 import torch
 import yaml
 
+import main_task_retrieval as trainer
 from narvid import fusion
 from narvid.distributed import World
 from narvid.metrics import retrieval_metrics
@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     with pytest.raises(SystemExit) as stopped:
         trainer.main(tiny.flags(corpus, run))
     message = str(stopped.value)
-    assert message.startswith("error: the loss is nan at epoch 2, step 1; videos of the batch: train")
+    assert message.startswith("error: the loss at epoch 2, step 1 is nan; videos of the batch: train")
     assert load(run / "last.pt")["global_step"] == 2
 
 

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import main_task_retrieval as trainer
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+import main_task_retrieval as trainer
 from narvid import clip
 from narvid.datasets import Batch, FrameDataset, PairSampler, Split, collate
 from narvid.distributed import World
@@ -152,7 +152,8 @@ def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, floa
 
 def losses(run: Path) -> list[float]:
     """The loss of every step, from the run's log."""
-    return [float(value) for value in re.findall(r"^epoch \d+ step .* loss (\S+)", (run / "log.txt").read_text(), re.M)]
+    log = (run / "log.txt").read_text()
+    return [float(value) for value in re.findall(r"^epoch \d+ step .* loss (\S+)", log, re.MULTILINE)]
 
 
 def results(run: Path) -> list[dict]:
