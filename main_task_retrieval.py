@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from narvid import InputError, clip, distributed, losses, optim
-from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader
+from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
 from narvid.evaluation import (Encoding, encode_videos, score_queries, selection_score, show, table_of_matrices,
                                with_dsl, with_qb_norm)
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, share
@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
     g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video, uniform among extracted")
     g.add_argument("--num_workers", type=count, default=4, help="loader processes a rank")
-    g.add_argument("--cache_frames", action=switch, default=False, help="keep decoded training frames in shared memory")
+    g.add_argument("--cache_frames", action=switch, default=False,
+                   help="decode once: V * K * 3 * side^2 bytes of shared memory a process")
 
     g = parser.add_argument_group("model")
     g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
@@ -88,18 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="global clip")
     g.add_argument("--freeze_layers", type=int, default=0,
                    help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
-    g.add_argument("--freeze_towers", action=switch, default=False, help="train the heads and the logit scale alone")
+    g.add_argument("--freeze_towers", action=switch, default=False, help="instead: train heads and logit scale alone")
     g.add_argument("--grad_checkpointing", action=switch, default=False, help="recompute tower blocks in backward")
 
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test and leave")
     g.add_argument("--select_on", choices=["val", "last", "test"],
                    help="what chooses the epoch [val where val.jsonl exists, else last]")
-    g.add_argument("--eval_every", type=count, default=0, help="evaluate every n steps too; 0: at an epoch's end")
+    g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split every n steps too")
     g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries at a time; also the block")
     g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
     g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
-    g.add_argument("--qb_norm_queries", type=count, default=0, help="also report QB-Norm with n training queries")
+    g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
     g.add_argument("--save_similarity", action=switch, default=False, help="write both test matrices to similarity.npz")
 
     g = parser.add_argument_group("run")
@@ -126,7 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset = preset_argv(preset_of, parser) if preset_of else []
     given, _ = first.parse_known_args([*preset, *argv])
     stored = checkpoint_argv(given.checkpoint, parser, eval_only=given.eval_only) if given.checkpoint else []
-    args = parser.parse_args([*stored, *preset, *argv])
+    # A checkpoint is evaluated as it was trained, whatever a preset says; training may go on with other values.
+    args = parser.parse_args([*preset, *stored, *argv] if given.eval_only else [*stored, *preset, *argv])
 
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
     args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
@@ -136,6 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.select_on = args.select_on or ("unknown" if args.eval_only else "val" if has_val else "last")
     if args.select_on == "val" and not has_val and not args.eval_only:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
+    if args.eval_every and args.select_on == "last":
+        parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
     if args.eval_only and not args.checkpoint:
         parser.error("--eval_only evaluates a --checkpoint: give one")
     return args
@@ -228,7 +232,6 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
     frame_times = load_frame_index(args.frames)
     narrations = load_narrations(args.narrations, frame_times) if "NM" in args.modules else None
     wanted = ["test"] if args.eval_only else ["train", "test"]
-    wanted += ["train"] if args.eval_only and args.qb_norm_queries else []
     wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
     load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, max_frames=args.max_frames,
                    narrations=narrations, narrations_path=args.narrations, missing_narration=args.missing_narration)
@@ -238,12 +241,11 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
             raise InputError(f"{Path(args.data_dir, name)}.jsonl: its {len(split.videos)} videos cannot be shared "
                              f"among {world.size} processes; start fewer")
     error = None
-    if world.rank == 0:
-        try:
-            for split in splits.values():
-                check_frames(split)
-        except InputError as e:
-            error = str(e)
+    try:
+        for split in splits.values():
+            check_frames(split, distributed.share(len(split.videos), world))
+    except InputError as e:
+        error = str(e)
     error = distributed.agree(error, world)
     if error:
         raise InputError(error)
@@ -293,6 +295,8 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         stop_unless_finite(norm, f"the gradient at {where}", batch, split)
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batch, split)
     with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
         plain(model).clip.logit_scale.clamp_(max=np.log(100))
     return totals
@@ -323,15 +327,16 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
-              "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
-              "metrics": table_of_matrices(scores, split.video_of_query, args.fusion_weight)}
+              "videos_without_narration": len(split.skipped), "videos_missing": split.missing}
+    truth = (split.video_of_query, args.fusion_weight)
+    result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth), world)
     if final and args.dsl_scale:
-        result["dsl"] = with_dsl(scores, split.video_of_query, args.fusion_weight, args.dsl_scale)
+        result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
     if final and args.qb_norm_queries:
-        chosen = random.Random(args.seed).sample(splits["train"].queries,
-                                                 min(args.qb_norm_queries, len(splits["train"].queries)))
-        bank = score_queries(model, chosen, videos, encoding, world)
-        result["qb_norm"] = with_qb_norm(scores, bank, split.video_of_query, args.fusion_weight)
+        queries = read_queries(Path(args.data_dir, "train.jsonl"))
+        queries = random.Random(args.seed).sample(queries, min(args.qb_norm_queries, len(queries)))
+        bank = score_queries(model, queries, videos, encoding, world)
+        result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, bank, *truth), world)
     if final and args.save_similarity:
         run.save_arrays("similarity.npz", {"video_of_query": split.video_of_query, "videos": np.array(split.videos),
                                            "queries": np.array(split.queries),
@@ -346,9 +351,8 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """One run -> the test metrics {"S_qv" | "S_qn" | "S_sum" | "S_fusion": what retrieval_metrics returns}."""
     args = parse_args(argv)
-    world = distributed.start()
     try:
-        return run_task(args, world)["metrics"]
+        return run_task(args, distributed.start())["metrics"]
     except InputError as error:
         sys.exit(f"error: {error}")
     finally:
@@ -364,10 +368,10 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     splits = load_data(args, world)
     model, clip_config = build_model(args)
     model.to(world.device)
-    run.open(tensorboard=args.tensorboard)
     test = partial(evaluate, splits=splits, name="test", args=args, clip_config=clip_config, world=world, run=run,
                    final=True)
     if args.eval_only:
+        run.open()
         return finish(run, [], test(model))
 
     train = splits["train"]
@@ -380,6 +384,9 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
                                       weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
+    run.open(tensorboard=args.tensorboard, step=progress["global_step"])
+    if model.heads.config.dim != model.clip.positional_embedding.shape[1]:
+        run.log("the text tower is not as wide as the joint dimension: the temporal encoders start from random weights")
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
             f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
@@ -388,7 +395,9 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good "
                              "checkpoint is kept, lower the learning rates")
-        run.save(name, {"model": model.state_dict(), "clip_config": asdict(clip_config), "args": vars(args), **progress}
+        # What a checkpoint says of its choice: only best.pt was chosen.
+        stored = vars(args) | ({"select_on": "last"} if name == "last.pt" else {})
+        run.save(name, {"model": model.state_dict(), "clip_config": asdict(clip_config), "args": stored, **progress}
                  | ({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} if name == "last.pt" else {}))
 
     def select() -> None:
@@ -428,7 +437,11 @@ def resume(run: RunDir, model: NarVid, optimizer: torch.optim.Optimizer, scaler)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     run.write_results(state["results"])
-    return {key: state[key] for key in fresh}
+    progress = {key: state[key] for key in fresh}
+    best = run.load("best.pt")
+    if best and best["global_step"] > progress["global_step"]:
+        progress["best"] = fresh["best"]  # written just before the kill; on a GPU its score may not come again
+    return progress
 
 
 def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, progress: dict, split, args, world,

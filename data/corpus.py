@@ -1,15 +1,17 @@
-"""What every prepare_<corpus>.py shares: reading official files with line numbers, checking splits, writing them.
+"""What every prepare_<corpus>.py shares: its command line, reading official files, checking splits, writing them.
 
 Nothing here knows a corpus. A split is a list of (video, query) pairs in the order of the official lists. A prepared
 corpus is {train,val,test}.jsonl, one {"video": id, "query": text} a line, and prepared.json, which is written last.
 The scripts run as `python data/prepare_<corpus>.py`, so they import this file by its bare name.
 """
 
+import argparse
 import csv
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 try:
@@ -19,26 +21,110 @@ except ModuleNotFoundError:  # not installed: run from a checkout
     from narvid import InputError
 
 SPLITS = ("train", "val", "test")
-VIDEO_EXTENSIONS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"}
+VIDEO_EXTENSIONS = {
+    ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
 
 Pairs = list[tuple[str, str]]
+Figure = int | tuple[int, int]  # a count, or the lowest and highest that the files in circulation have
+Counts = Mapping[str, tuple[Figure, Figure]]  # split -> (videos, queries)
+
+# ---- the command line ----
+
+
+def main(
+    argv: list[str] | None,
+    *,
+    name: str,
+    title: str,
+    protocols: Mapping[str, Counts],
+    read_splits: Callable[[Path, str], dict[str, Pairs]],
+) -> None:
+    """argv -> the prepared folder; exit 1 with one sentence where the files are not what the protocol needs.
+
+    read_splits(annotations folder, protocol) gives split -> pairs; protocols has the counts expected of them.
+    """
+    only = next(iter(protocols)) if len(protocols) == 1 else None
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=f"{title} annotations -> {{train,val,test}}.jsonl")
+    parser.add_argument("--annotations", type=Path, required=True, help="folder of the official files")
+    parser.add_argument(
+        "--protocol", choices=list(protocols), required=not only, default=only, help="splits, as in data/README.md"
+    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write, e.g. data/{name}")
+    parser.add_argument(
+        "--videos", type=Path, help="folder of video files or of frame folders: check that all are there"
+    )
+    parser.add_argument("--drop_missing", action="store_true", help="leave out videos that --videos does not hold")
+    parser.add_argument("--allow_partial", action="store_true", help="accept counts other than the protocol's")
+    args = parser.parse_args(argv)
+    if args.drop_missing and args.videos is None:
+        parser.error("--drop_missing needs --videos")
+    try:
+        splits, missing = read_splits(args.annotations, args.protocol), []
+        check(splits, protocols[args.protocol], allow_partial=args.allow_partial)
+        if args.videos:
+            splits, missing = drop_missing(splits, args.videos, args.out, allowed=args.drop_missing)
+        write_corpus(args.out, name, args.protocol, splits, missing)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+
 
 # ---- reading ----
 
 
-def read_json(path: Path) -> object:
-    """A JSON file; InputError names the line where it is malformed."""
+def first_file(annotations: Path, *names: str) -> Path:
+    """The first of these files that is there; InputError names them all where none is."""
+    for name in names:
+        if (annotations / name).is_file():
+            return annotations / name
+    raise InputError(f"{annotations}: no {' and no '.join(names)} is there; see data/README.md for the files needed")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file; InputError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); see data/README.md for the files needed"
         ) from None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark, line ends as they stand."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; download it again") from None
+
+
+def read_json(path: Path) -> object:
+    """A JSON file; InputError names the line where it is malformed, and a key that stands twice in one object."""
+
+    def unique(items: list[tuple[str, object]]) -> dict[str, object]:
+        distinct([key for key, _ in items], path)
+        return dict(items)
+
+    try:
+        return json.loads(read_text(path), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}, column {error.colno}"
         raise InputError(f"{place}: malformed JSON ({error.msg}); download it again") from None
+
+
+def read_ids(path: Path) -> list[str]:
+    """A list of ids, one a line, without a header. An id that stands there twice and an empty list are InputErrors."""
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        video = line.strip()
+        if video in line_of:
+            raise InputError(f"{path}:{number}: {video} is listed twice (first in line {line_of[video]}); remove one")
+        if video:
+            line_of[video] = number
+    if not line_of:
+        raise InputError(f"{path}: is empty; download it again")
+    return list(line_of)
 
 
 def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
@@ -68,22 +154,37 @@ def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict]]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            lines = [(reader.line_num, line) for line in reader]
-            return list(reader.fieldnames or []), lines
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); see data/README.md for the files needed"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; download it again") from None
+        lines = [(reader.line_num, line) for line in reader]
+        return list(reader.fieldnames or []), lines
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num + 1}: malformed csv ({error}); correct the line") from None
 
 
 # ---- checking ----
+
+
+def distinct(videos: list[str], where: str | Path) -> list[str]:
+    """The same ids; one that stands there twice is an InputError."""
+    seen: set[str] = set()
+    for video in videos:
+        if video in seen:
+            raise InputError(f"{where}: {video} stands there twice; remove one")
+        seen.add(video)
+    return videos
+
+
+def sentence(text: object, where: str) -> str:
+    """A caption without surrounding white space; InputError where it is no text or empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: the caption is {'empty' if isinstance(text, str) else 'no text'}; correct it")
+    return text.strip()
+
+
+def paragraph(sentences: Sequence[object], where: str) -> str:
+    """All sentences of a video, in the order given, as one query."""
+    return " ".join(sentence(text, f"{where}, sentence {number}") for number, text in enumerate(sentences, 1))
 
 
 def pair(videos: Sequence[str], captions: Mapping[str, list[str]], listed_in: Path, captions_in: str) -> Pairs:
@@ -101,12 +202,12 @@ def count(pairs: Pairs) -> tuple[int, int]:
     return len({video for video, _ in pairs}), len(pairs)
 
 
-def check(splits: Mapping[str, Pairs], expected: Mapping[str, tuple[int, int]], *, allow_partial: bool) -> None:
+def check(splits: Mapping[str, Pairs], expected: Counts, *, allow_partial: bool) -> None:
     """Print what was found beside what the protocol has; InputError where splits overlap or a count is off."""
-    print(f"{'split':8}{'videos':>10}{'expected':>10}{'queries':>10}{'expected':>10}")
+    print(f"{'split':8}{'videos':>10}{'expected':>18}{'queries':>10}{'expected':>18}")
     for name, pairs in splits.items():
         (videos, queries), (of_videos, of_queries) = count(pairs), expected[name]
-        print(f"{name:8}{videos:>10,}{of_videos:>10,}{queries:>10,}{of_queries:>10,}")
+        print(f"{name:8}{videos:>10,}{_shown(of_videos):>18}{queries:>10,}{_shown(of_queries):>18}")
     split_of = {}
     for name, pairs in splits.items():
         for video, _ in pairs:
@@ -115,17 +216,25 @@ def check(splits: Mapping[str, Pairs], expected: Mapping[str, tuple[int, int]], 
                     f"{video} is in both {split_of[video]} and {name}; a test video must not be trained on"
                 )
     for name, pairs in splits.items():
-        if count(pairs) != expected[name] and not allow_partial:
+        if not all(map(_fits, count(pairs), expected[name])) and not allow_partial:
             raise InputError(
                 f"{name} has {count(pairs)[0]:,} videos and {count(pairs)[1]:,} queries, the protocol "
-                f"{expected[name][0]:,} and {expected[name][1]:,}; get the complete files, or pass --allow_partial"
+                f"{' and '.join(map(_shown, expected[name]))}; get the complete files, or pass --allow_partial"
             )
+
+
+def _fits(found: int, figure: Figure) -> bool:
+    return figure[0] <= found <= figure[1] if isinstance(figure, tuple) else found == figure
+
+
+def _shown(figure: Figure) -> str:
+    return "-".join(f"{n:,}" for n in figure) if isinstance(figure, tuple) else f"{figure:,}"
 
 
 def drop_missing(
     splits: Mapping[str, Pairs], folder: Path, out: Path, *, allowed: bool
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Look every video up in a folder, as <id>.<extension> or as a folder <id> of frames -> (splits left, ids missing).
+    """Look every video up below a folder, as <id>.<extension> or a folder <id> of jpgs -> (splits left, ids missing).
 
     Empty files and folders count as missing. Unless dropping is allowed, missing videos are an InputError, and their
     whole list is left in missing.txt.
@@ -153,17 +262,17 @@ def drop_missing(
 
 
 def _videos_in(folder: Path) -> set[str]:
-    """Ids with a video file or a folder of frames, neither of them empty."""
+    """Ids with a video file that is not empty, or a folder of jpgs, at any depth."""
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; --videos takes the folder of the video files or of their frames")
     present = set()
-    for entry in os.scandir(folder):
-        stem, extension = os.path.splitext(entry.name)
-        if entry.is_dir():
-            if any(os.scandir(entry.path)):
-                present.add(entry.name)
-        elif extension.lower() in VIDEO_EXTENSIONS and entry.stat().st_size > 0:
-            present.update((stem, entry.name))  # some corpora keep the extension in the id
+    for parent, _, names in os.walk(folder, followlinks=True):
+        if any(name.endswith(".jpg") for name in names):
+            present.add(os.path.basename(parent))
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in VIDEO_EXTENSIONS and path.is_file() and path.stat().st_size > 0:
+                present.add(path.stem)
     return present
 
 

@@ -3,8 +3,6 @@
 python data/prepare_msrvtt.py --annotations DIR --protocol 9k --out data/msrvtt
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import corpus
@@ -14,7 +12,9 @@ JOINED = "MSRVTT_data.json"
 OFFICIAL = ("train_val_videodatainfo.json", "test_videodatainfo.json")
 TEST_1KA = "MSRVTT_JSFUSION_test.csv"
 
-# Protocol -> split -> (list of its videos, (videos, queries)). 20 captions a video; 1k-A has one fixed sentence each.
+TEST_1KB = "test_list_miech.txt"
+
+# Protocol -> split -> (list of its videos, (videos, queries)). 20 captions a video; 1k-A and 1k-B have one query each.
 PROTOCOLS = {
     "9k": {"train": ("MSRVTT_train.9k.csv", (9000, 180000)), "test": (TEST_1KA, (1000, 1000))},
     "7k": {"train": ("MSRVTT_train.7k.csv", (7010, 140200)), "test": (TEST_1KA, (1000, 1000))},
@@ -23,6 +23,7 @@ PROTOCOLS = {
         "val": ("MSRVTT_val.full.csv", (497, 9940)),
         "test": ("MSRVTT_test.full.csv", (2990, 59800)),
     },
+    "1kB": {"train": ("train_list_miech.txt", (6656, 133120)), "test": (TEST_1KB, (1000, 1000))},
 }
 
 
@@ -58,41 +59,25 @@ def read_splits(annotations: Path, protocol: str) -> dict[str, corpus.Pairs]:
     splits = {}
     for split, (name, _) in PROTOCOLS[protocol].items():
         path = annotations / name
-        if (
-            name == TEST_1KA
-        ):  # its sentences are taken as they stand: 32 of them are not verbatim among the video's captions
+        if name == TEST_1KA:  # its sentences stand as they are: some are not among the video's captions
             splits[split] = [(video, query) for video, query in corpus.read_list(path, ["video_id", "sentence"])]
+            continue
+        if path.suffix == ".txt":
+            videos = corpus.read_ids(path)
         else:
             videos = [video for (video,) in corpus.read_list(path, ["video_id"])]
-            splits[split] = corpus.pair(videos, captions, path, captions_in)
+        splits[split] = corpus.pair(videos, captions, path, captions_in)
+        if name == TEST_1KB:  # the list names videos alone; collaborative-experts queries with each one's first caption
+            splits[split] = [(video, captions[video][0]) for video in videos]
     return splits
 
 
 def main(argv: list[str] | None = None) -> None:
-    """argv -> the prepared folder; exit 1 with one sentence where the files are not what the protocol needs."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="MSR-VTT annotations -> {train,val,test}.jsonl")
-    parser.add_argument("--annotations", type=Path, required=True, help="folder of the official json and csv files")
-    parser.add_argument(
-        "--protocol", choices=list(PROTOCOLS), required=True, help="9k and 7k test on 1k-A, full on 2,990"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/msrvtt")
-    parser.add_argument(
-        "--videos", type=Path, help="folder of video files or of frame folders: check that all are there"
-    )
-    parser.add_argument("--drop_missing", action="store_true", help="leave out videos that --videos does not hold")
-    parser.add_argument("--allow_partial", action="store_true", help="accept counts other than the protocol's")
-    args = parser.parse_args(argv)
-    if args.drop_missing and args.videos is None:
-        parser.error("--drop_missing needs --videos")
-    expected = {split: counts for split, (_, counts) in PROTOCOLS[args.protocol].items()}
-    try:
-        splits, missing = read_splits(args.annotations, args.protocol), []
-        corpus.check(splits, expected, allow_partial=args.allow_partial)
-        if args.videos:
-            splits, missing = corpus.drop_missing(splits, args.videos, args.out, allowed=args.drop_missing)
-        corpus.write_corpus(args.out, "msrvtt", args.protocol, splits, missing)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    """argv -> the prepared folder (corpus.main)."""
+    counts = {
+        protocol: {split: expected for split, (_, expected) in splits.items()} for protocol, splits in PROTOCOLS.items()
+    }
+    corpus.main(argv, name="msrvtt", title="MSR-VTT", protocols=counts, read_splits=read_splits)
 
 
 if __name__ == "__main__":

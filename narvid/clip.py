@@ -216,6 +216,9 @@ def _architecture(name: str) -> dict:
             or not isinstance(vision.get("layers", 12), int)):
         raise ValueError(f"--clip_model {name}: only ViTs with the plain causal text tower are supported, as OpenAI's "
                          "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    if not isinstance(side, int) or side % patch:
+        raise ValueError(f"--clip_model {name}: the image side {side} is no multiple of the patch side {patch}")
     return architecture
 
 

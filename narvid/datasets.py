@@ -10,6 +10,7 @@ sentence, U distinct sentences of a batch. Masks are bool, True = real.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -102,6 +103,11 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
                  _missing(Path(path).with_name("prepared.json")))
 
 
+def read_queries(path: str | Path) -> list[str]:
+    """The queries of a jsonl alone, without their videos."""
+    return [query for _, _, query in _read_pairs(Path(path))]
+
+
 def _missing(prepared: Path) -> int:
     return len(json.loads(prepared.read_text()).get("missing", [])) if prepared.exists() else 0
 
@@ -131,12 +137,12 @@ def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
     return pairs
 
 
-def check_frames(split: Split, *, quiet: bool = False) -> None:
-    """Look at every picked jpg before training starts: InputError naming the first that is missing or not whole."""
-    paths = [frame_path(split.frames_dir, video, i) for video, picks in zip(split.videos, split.picks) for i in picks]
+def check_frames(split: Split, videos: range) -> None:
+    """Look at the picked jpgs of some videos before training: InputError naming the first missing or not whole."""
+    paths = [frame_path(split.frames_dir, split.videos[v], i) for v in videos for i in split.picks[v]]
     with ThreadPoolExecutor(16) as pool:
         for _ in tqdm(pool.map(check_jpg, paths, chunksize=256), total=len(paths), desc="check frames", unit="frame",
-                      disable=quiet or len(paths) < 10_000, leave=False):
+                      disable=len(paths) < 10_000, leave=False):
             pass
 
 
@@ -155,6 +161,11 @@ class FrameDataset(Dataset):
         self.cached = None
         if cache:
             longest = max(map(len, split.picks))
+            needed = len(split.videos) * longest * 3 * size**2
+            shared = Path("/dev/shm")
+            if shared.exists() and needed > shutil.disk_usage(shared).free:
+                raise InputError(f"--cache_frames needs {needed / 2**30:.1f} GiB of shared memory a process, more than "
+                                 f"is free in {shared}; leave it out or enlarge that")
             self.cached = torch.empty(len(split.videos), longest, 3, size, size, dtype=torch.uint8).share_memory_()
             self.filled = torch.zeros(len(split.videos), dtype=torch.bool).share_memory_()
 
@@ -205,7 +216,7 @@ def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
     """
     tokens = _tokenizer()(texts, context_length=max_words)
     end = tokens.argmax(dim=1)
-    tokens = tokens[:, :int(end.max()) + 1]
+    tokens = tokens[:, :int(end.max()) + 1 if texts else 0]
     return tokens, torch.arange(tokens.shape[1]) <= end[:, None]
 
 

@@ -6,12 +6,14 @@ Works three ways without a flag: plain python (one process), torchrun on CPU (gl
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import InputError
 from .model import Queries, Videos
 
 
@@ -28,12 +30,17 @@ def start() -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPU(s): start as "
+                             "many processes as there are GPUs")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         # The CPU's fused attention is made for long sequences: its backward over frames and captions of a few dozen
         # tokens takes several times the plain products'.
         torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bf16 stays bf16 in those products
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
@@ -62,7 +69,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use its own elsewhere
         dist.all_reduce(gradient)
         return gradient[dist.get_rank() * ctx.rows:][:ctx.rows]
 
@@ -113,6 +120,14 @@ def agree(error: str | None, world: World) -> str | None:
     errors: list[str | None] = [None] * world.size
     dist.all_gather_object(errors, error)
     return next((e for e in errors if e), None)
+
+
+def from_first(make: Callable[[], Any], world: World) -> Any:
+    """What rank 0 makes, on every rank; for small results of large inputs."""
+    made = [make() if world.rank == 0 else None]
+    if world.size > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def barrier(world: World) -> None:

@@ -7,7 +7,7 @@ Legend: B queries, V videos, K frames, L words, D joint dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -22,8 +22,6 @@ from .distributed import World, collect, share
 from .metrics import retrieval_metrics
 from .model import Videos
 from .similarity import match
-
-MATRICES = ("S_qv", "S_qn", "S_sum", "S_fusion")  # the rows of Table 10
 
 
 class Encoding(NamedTuple):
@@ -41,8 +39,6 @@ class Encoding(NamedTuple):
 @torch.no_grad()
 def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Videos:
     """Every video of the split once -> enhanced features of all V videos, on every rank."""
-    if len(split.videos) < world.size:
-        raise InputError(f"{len(split.videos)} videos cannot be shared among {world.size} processes; start fewer")
     mine = share(len(split.videos), world)
     dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.image_size)
     batches = [list(mine)[i:i + encoding.batch_size] for i in range(0, len(mine), encoding.batch_size)]
@@ -61,46 +57,47 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Vide
 
 @torch.no_grad()
 def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding, world: World) -> dict[str, Tensor]:
-    """Every query once, against all videos -> {"video": (B, V), "narration": (B, V)} fp32 on the CPU of every rank."""
+    """Every query once, with all videos -> {"video": (B, V), "narration": (B, V)} fp32 on rank 0's CPU; else {}."""
     mine = share(len(queries), world)
-    tokens = [tokenize(queries[i:min(i + 1024, mine.stop)], encoding.max_words)
-              for i in range(mine.start, mine.stop, 1024)]
-    lengths = torch.cat([mask.sum(dim=1) for _, mask in tokens]) if tokens else torch.zeros(0)
+    tokens, word_mask = tokenize(queries[mine.start:mine.stop], encoding.max_words)
     views = ("video",) if videos.narration is None else ("video", "narration")
     scores = {view: torch.zeros(len(mine), len(videos.mask)) for view in views}
-    order = lengths.argsort(stable=True)  # queries of like length together: little padding
+    order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
     batches = order.split(encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
     bar = tqdm(batches, desc="score queries", unit="batch", leave=False, disable=world.rank > 0)
     for rows in bar:
-        some, mask = tokenize([queries[mine.start + i] for i in rows.tolist()], encoding.max_words)
+        length = int(word_mask[rows].sum(dim=1).max())
         with encoding.autocast():
-            encoded = model.encode_queries(some.to(world.device), mask.to(world.device))
+            encoded = model.encode_queries(tokens[rows, :length].to(world.device),
+                                           word_mask[rows, :length].to(world.device))
         for view, part in match(encoded, videos, block=encoding.batch_size, **encoding.matching).items():
             scores[view][rows] = part.float().cpu()
     if not all(part.isfinite().all() for part in scores.values()):
         raise InputError("the scores are not finite, the weights have diverged: lower the learning rates, or evaluate "
                          "an earlier checkpoint")
-    return {view: collect(part.to(world.device), len(queries), world).cpu() for view, part in scores.items()}
+    whole = {view: collect(part.to(world.device), len(queries), world) for view, part in scores.items()}
+    return {view: s.cpu() for view, s in whole.items()} if world.rank == 0 else {}
 
 
-def combine(scores: dict[str, Tensor], weight: float, statistics: fusion.Statistics | None = None) -> dict[str, Tensor]:
-    """The four matrices of Table 10, (B, V) each; S_qv alone where there is no narration view."""
-    if "narration" not in scores:
-        return {"S_qv": scores["video"]}
-    s_video, s_narration = scores["video"], scores["narration"]
-    return {"S_qv": s_video, "S_qn": s_narration, "S_sum": s_video + s_narration,
-            "S_fusion": fusion.fuse(s_video, s_narration, weight, statistics)}
+def combine(scores: dict[str, Tensor], weight: float,
+            statistics: fusion.Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view."""
+    yield "S_qv", scores["video"]
+    if "narration" in scores:
+        yield "S_qn", scores["narration"]
+        yield "S_sum", scores["video"] + scores["narration"]
+        yield "S_fusion", fusion.fuse(scores["video"], scores["narration"], weight, statistics)
 
 
 def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float) -> dict[str, dict]:
     """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}."""
-    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores, weight).items()}
+    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores, weight)}
 
 
 def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float, scale: float) -> dict[str, dict]:
     """The same table after DSL on each view: over queries for text-to-video, over videos for video-to-text."""
     directions = {"text_to_video": "queries", "video_to_text": "videos"}
-    tables = {direction: table_of_matrices({view: fusion.dsl(s, scale, over) for view, s in scores.items()},
+    tables = {direction: table_of_matrices({view: fusion.dsl(s.double(), scale, over) for view, s in scores.items()},
                                            video_of_query, weight) for direction, over in directions.items()}
     return {name: {direction: tables[direction][name][direction] for direction in directions}
             for name in tables["text_to_video"]}
@@ -110,15 +107,18 @@ def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_qu
                  weight: float) -> dict[str, dict]:
     """Text-to-video after QB-Norm of each of the four matrices; `bank` holds other queries' scores of the same videos.
 
-    The bank is fused with the statistics of the test matrices, so that both live on one scale.
+    The bank is fused with the statistics of the test matrices, and S_fusion brought back to the spread of S_qv's
+    cosines, for which QB-Norm's beta is made.
     """
-    statistics = None
+    statistics, table = None, {}
     if "narration" in scores:
-        statistics = (fusion.statistics(scores["video"]), fusion.statistics(scores["narration"]))
-    banks = combine(bank, weight, statistics)
-    return {name: {"text_to_video": retrieval_metrics(fusion.qb_norm(s, banks[name]).numpy(),
-                                                      video_of_query)["text_to_video"]}
-            for name, s in combine(scores, weight).items()}
+        statistics = tuple(fusion.matrix_statistics(scores[view]) for view in ("video", "narration"))
+    both = [{view: s.double() for view, s in matrices.items()} for matrices in (scores, bank)]
+    for (name, s), (_, of_bank) in zip(*(combine(matrices, weight, statistics) for matrices in both)):
+        spread = statistics[0][1] if name == "S_fusion" else 1.0
+        normed = fusion.qb_norm(spread * s, spread * of_bank)
+        table[name] = {"text_to_video": retrieval_metrics(normed.numpy(), video_of_query)["text_to_video"]}
+    return table
 
 
 def format_table(metrics: dict[str, dict], title: str) -> str:
@@ -138,8 +138,10 @@ def show(result: dict) -> str:
     """The tables of one result."""
     what = f"{result['split']}: {result['queries']} queries, {result['videos']} videos"
     what += f"; epoch chosen on {result['select_on']}"
-    dropped = result["videos_missing"] + result["videos_without_narration"]
-    what += f"; {dropped} videos of the official split are missing" if dropped else ""
+    if result["videos_without_narration"]:
+        what += f"; {result['videos_without_narration']} more have no narration"
+    if result["videos_missing"]:
+        what += f"; {result['videos_missing']} videos of the corpus (all splits) were missing when it was prepared"
     titles = {"metrics": what, "dsl": "after DSL", "qb_norm": "after QB-Norm"}
     return "\n\n".join(format_table(result[key], title) for key, title in titles.items() if key in result)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 Statistics = tuple[tuple[float, float], tuple[float, float]]
 
 
-def statistics(similarity: Tensor) -> tuple[float, float]:
+def matrix_statistics(similarity: Tensor) -> tuple[float, float]:
     """Mean and population standard deviation of the whole matrix, in float64 (mu and sigma of Eq. 11)."""
     values = similarity.double()
     return values.mean().item(), values.std(correction=0).item()
@@ -29,7 +29,7 @@ def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: 
         raise ValueError(f"weight must lie in [0, 1], not {weight}")
     if s_video.shape != s_narration.shape:
         raise ValueError(f"the two views differ in shape: {tuple(s_video.shape)} and {tuple(s_narration.shape)}")
-    of_video, of_narration = statistics or (_statistics(s_video), _statistics(s_narration))
+    of_video, of_narration = statistics or (matrix_statistics(s_video), matrix_statistics(s_narration))
     return 2 * (weight * _standardise(s_video, *of_video) + (1 - weight) * _standardise(s_narration, *of_narration))
 
 
@@ -37,7 +37,8 @@ def dsl(similarity: Tensor, scale: float, over: str) -> Tensor:
     """Dual softmax (Cheng et al. 2021): similarity * softmax(scale * similarity). (B, V) -> (B, V).
 
     over="queries" normalises each video's column over the queries (for text-to-video), over="videos" each query's row
-    over the videos (for video-to-text). Applied to each view's cosines, before they are standardised.
+    over the videos (for video-to-text). Applied to each view's cosines, before they are standardised. Give float64:
+    in float32 what lies far below the best becomes equal, and ties count against.
     """
     if over not in ("queries", "videos"):
         raise ValueError(f'over must be "queries" or "videos", not {over!r}')
@@ -50,18 +51,16 @@ def qb_norm(similarity: Tensor, querybank: Tensor, *, beta: float = 20.0, k: int
     similarity (B, V) of the test queries, querybank (N, V) of N other queries (training ones) with the same videos.
     A query whose best video is among the k best of any bank query is ranked by exp(beta * s) over the bank's sum of
     exp(beta * s) for that video; every other query keeps its row. Rows are therefore not comparable with each other.
+    beta is made for cosines. Give float64, for the same reason as in `dsl`.
     """
     if querybank.ndim != 2 or querybank.shape[1] != similarity.shape[1]:
         raise ValueError(f"the querybank scores {querybank.shape[-1]} videos, the test matrix {similarity.shape[1]}")
     activation = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     activation[querybank.topk(min(k, querybank.shape[1]), dim=1).indices.flatten()] = True  # (V,)
     hubbed = activation[similarity.argmax(dim=1)]  # (B,)
-    # exp(beta s) / sum exp(beta bank), as one exponential so that large beta cannot overflow.
+    # exp(beta s) / sum exp(beta bank), as one exponential: neither of the two need fit a float alone.
     inverted = (beta * similarity - (beta * querybank).logsumexp(dim=0)).exp()  # (B, V)
     return torch.where(hubbed[:, None], inverted, similarity)
-
-
-_statistics = statistics  # `fuse` has an argument of that name
 
 
 def _standardise(similarity: Tensor, mean: float, std: float) -> Tensor:

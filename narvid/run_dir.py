@@ -45,15 +45,18 @@ class RunDir:
                                      or {p.name for p in self.path.iterdir()} - {".config.yaml.tmp"}):
             raise InputError(f"--output_dir {self.path}: holds files but no run; choose an empty or a new folder")
 
-    def open(self, *, tensorboard: bool = False) -> None:
-        """Make the folder and write config.yaml: called when data and model have been found good."""
+    def open(self, *, tensorboard: bool = False, step: int = 0) -> None:
+        """Make the folder and write config.yaml: called when data and model are good and nothing else can be refused.
+
+        `step`: where the run goes on; TensorBoard forgets what an earlier process wrote beyond it.
+        """
         if not self.writes:
             return
-        if tensorboard:
-            self.board = _tensorboard(self.path)
+        writer = _summary_writer() if tensorboard else None
         self.path.mkdir(parents=True, exist_ok=True)
         self._replace("config.yaml", lambda f: f.write(
             f"# commit: {_commit()}\n{yaml.safe_dump(self.config, sort_keys=True)}".encode()))
+        self.board = writer and writer(str(self.path), purge_step=step)
 
     def log(self, text: str) -> None:
         """Print and append to log.txt."""
@@ -136,9 +139,9 @@ def _commit() -> str:
     return got.stdout.strip() or "unknown"
 
 
-def _tensorboard(path: Path):
+def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("--tensorboard needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(str(path))
+    return SummaryWriter

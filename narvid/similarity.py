@@ -8,6 +8,8 @@ Masks are bool, True = real. `temperature` divides.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,22 +29,22 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     The filter's arguments are those of `filter_weights`.
     """
     options = dict(method=method, p=p, k=k, temperature=temperature, fidelity=fidelity, fine=fine)
-    views = {"video": (videos.frames, videos.mask)}
+    views = {"video": _View.of(videos.frames, videos.mask)}
     if videos.narration is not None:
-        views["narration"] = (videos.narration, videos.narration_mask)
+        views["narration"] = _View.of(videos.narration, videos.narration_mask)
     if block is None:
-        return {view: _score(queries, *features, **options) for view, features in views.items()}
+        return {name: _score(queries, view, **options) for name, view in views.items()}
 
     order = queries.word_mask.sum(dim=1).argsort(stable=True)
-    scores = {view: queries.eos.new_empty(len(queries.eos), len(videos.mask)) for view in views}  # (B, V)
-    for rows in order.split(block):
+    scores = {name: view.unit.new_empty(len(order), len(view.mask)) for name, view in views.items()}  # (B, V)
+    for rows in order.split(block) if len(order) else ():
         length = int(queries.word_mask[rows].sum(dim=1).max())  # real words come first: the rest is padding
         tile = Queries(queries.eos[rows], queries.words[rows, :length], queries.word_mask[rows, :length],
                        None if queries.word_weights is None else queries.word_weights[rows, :length])
         for start in range(0, len(videos.mask), block):
             columns = slice(start, start + block)
-            for view, (features, mask) in views.items():
-                scores[view][rows, columns] = _score(tile, features[columns], mask[columns], **options)
+            for name, view in views.items():
+                scores[name][rows, columns] = _score(tile, _View(*(x[columns] for x in view)), **options)
     return scores
 
 
@@ -80,24 +82,34 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
     return (weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-300)).to(cosine.dtype)
 
 
-def _score(queries: Queries, features: Tensor, mask: Tensor, *, fidelity: str, fine: bool, **filter_options) -> Tensor:
-    """One view: features (V, K, D), mask (V, K) -> (B, V)."""
-    eos, words = F.normalize(queries.eos.double(), dim=-1), F.normalize(queries.words, dim=-1)
-    frames64 = F.normalize(features.double(), dim=-1)
-    cosine = torch.einsum("bd,vkd->bvk", eos, frames64)  # (B, V, K)
-    weights = filter_weights(cosine, mask, fidelity=fidelity, **filter_options)
+class _View(NamedTuple):
+    """What every query needs of the frames (or sentences) of V videos; made once, whatever the number of tiles."""
+
+    mask: Tensor  # (V, K)
+    unit: Tensor  # (V, K, D) of length 1
+    unit64: Tensor  # the same in float64
+    gram: Tensor  # (V, K, K) float64: products of a video's frames with each other
+
+    @classmethod
+    def of(cls, features: Tensor, mask: Tensor) -> _View:
+        unit64 = F.normalize(features.double(), dim=-1)
+        return cls(mask, F.normalize(features, dim=-1), unit64, torch.einsum("vkd,vjd->vkj", unit64, unit64))
+
+
+def _score(queries: Queries, view: _View, *, fidelity: str, fine: bool, **filter_options) -> Tensor:
+    """Every query with every video of one view -> (B, V)."""
+    cosine = torch.einsum("bd,vkd->bvk", F.normalize(queries.eos.double(), dim=-1), view.unit64)  # (B, V, K)
+    weights = filter_weights(cosine, view.mask, fidelity=fidelity, **filter_options)
 
     # Coarse: cos(eos, sum_k w_k f_k). The numerator comes from the filter's own cosines, the norm of the pooled vector
     # from each video's Gram matrix, so that nothing of size (B, V, D) ever exists.
-    gram = torch.einsum("vkd,vjd->vkj", frames64, frames64)
-    squared_norm = torch.einsum("bvk,vkj,bvj->bv", weights, gram, weights)
+    squared_norm = torch.einsum("bvk,vkj,bvj->bv", weights, view.gram, weights)
     coarse = (weights * cosine).sum(dim=-1) / squared_norm.clamp_min(1e-24).sqrt()  # (B, V)
-    coarse = coarse.to(features.dtype)
+    coarse, dtype = coarse.to(view.unit.dtype), view.unit.dtype
     if not fine:
         return coarse
-
-    weights = weights.to(features.dtype)
-    return (coarse + _fine(words, queries.word_mask, queries.word_weights, F.normalize(features, dim=-1), weights,
+    words = F.normalize(queries.words.to(dtype), dim=-1)
+    return (coarse + _fine(words, queries.word_mask, queries.word_weights.to(dtype), view.unit, weights.to(dtype),
                            fidelity)) / 2
 
 

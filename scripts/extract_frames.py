@@ -33,8 +33,8 @@ from narvid import InputError
 from narvid.frames import INDEX_NAME, decode_video, frame_path, parse_index_line
 
 EXTENSIONS = (
-    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
-    ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+    ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
 )  # fmt: skip
 FAILED_NAME = "failed.jsonl"
 UNFINISHED = ".unfinished"  # folder inside --out; a hidden name is never a video's

@@ -133,7 +133,7 @@ def make_truth(seed: int, number: int) -> list[dict]:
 def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIONS) -> list[tuple[str, list[dict]]]:
     """`count` different captions of one video, each with what it mentions: two of the events, in order.
 
-    A mention names all four attributes in half of the cases, else three of them.
+    A mention names all four attributes in three cases of four, else three of them.
     """
     rng = random_of(seed, number, QUERY_STREAM)
     queries = {}
@@ -141,7 +141,7 @@ def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIO
         unmentioned = rng.integers(EVENTS)
         mentions = []
         for event in (events[i] for i in range(EVENTS) if i != unmentioned):
-            unsaid = pick(rng, ATTRIBUTES) if rng.random() < 0.5 else None
+            unsaid = pick(rng, ATTRIBUTES) if rng.random() < 0.25 else None
             mentions.append({attribute: event[attribute] for attribute in ATTRIBUTES if attribute != unsaid})
         text = pick(rng, QUERY_FRAMES).format(*(say(rng, MENTIONS, mention, QUERY) for mention in mentions))
         queries.setdefault(text, mentions)

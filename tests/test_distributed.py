@@ -122,8 +122,8 @@ def torchrun(world_size, *argv):
     """python -m torch.distributed.run main_task_retrieval.py -> (exit code, all that was printed)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size),
                str(ROOT / "main_task_retrieval.py"), *argv]
-    done = subprocess.run(command, check=False, timeout=120, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, check=False, timeout=120, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 
 

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from narvid.fusion import dsl, fuse, qb_norm, statistics
+from narvid.fusion import dsl, fuse, matrix_statistics, qb_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -60,14 +60,14 @@ def test_even_weight_is_the_printed_sum():
 def test_statistics(seed):
     for s in make(seed):
         mean, std = reference.statistics(s.numpy())
-        got = [float(x) for x in statistics(s)]
+        got = [float(x) for x in matrix_statistics(s)]
         assert got == pytest.approx([mean, std], abs=1e-9)
 
 
 def test_fuse_with_given_statistics():
     """A query asked alone is standardised as the matrix whose statistics were stored."""
     s_v, s_n = make(2)
-    stored = statistics(s_v), statistics(s_n)
+    stored = matrix_statistics(s_v), matrix_statistics(s_n)
     whole = fuse(s_v, s_n, 0.7)
     close(fuse(s_v, s_n, 0.7, statistics=stored), whole)
     close(fuse(s_v[:1], s_n[:1], 0.7, statistics=stored), whole[:1])

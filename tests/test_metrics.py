@@ -50,7 +50,7 @@ def test_by_hand_many_captions_ties_and_a_video_without_a_caption():
             [0.4, 0.2, 0.6, 0.5],  # video 2: rank 1
         ]
     )
-    # best captions of videos 0, 1, 2: for video 0 0.9, 0.7, 0.4 -> 1; for 1 0.5, 0.7, 0.2 -> 1; for 2 0.6, 0.1, 0.6 -> 2
+    # best captions of videos 0, 1, 2: video 0: 0.9, 0.7, 0.4 -> 1; video 1: 0.5, 0.7, 0.2 -> 1; 2: 0.6, 0.1, 0.6 -> 2
     text = {"R@1": 50, "R@5": 100, "R@10": 100, "MdR": 1.5, "MnR": 2}
     video = {"R@1": 200 / 3, "R@5": 100, "R@10": 100, "MdR": 1, "MnR": 4 / 3}
     got = retrieval_metrics(similarity, np.array([0, 0, 1, 2]))

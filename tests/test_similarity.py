@@ -1,4 +1,4 @@
-"""narvid.similarity against reference.py: the query-aware filter (Sec. 3.4) and the two-grained match (Sec. 3.5, App. A).
+"""narvid.similarity against reference.py: query-aware filter (Sec. 3.4) and the two-grained match (Sec. 3.5, App. A).
 
 B queries, V videos, K frames and sentences, L words, D joint dimension; masks True = real. Features are random, so that
 about half of all cosines are negative: there the two fidelities of the fine score differ.

@@ -1,0 +1,193 @@
+"""What a preset needs on disk: what is there, what is missing, what to do next; exit 0 when training can start.
+
+python scripts/check_data.py msvd                        (or configs/msvd.yaml, or a preset of your own)
+
+Reads the preset, the annotations, the index of the frames and the narrations; opens no picture (the trainer looks at
+each before it starts) and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from narvid import InputError
+from narvid.frames import load_frame_index
+from narvid.narrations import load_narrations
+
+SPLITS = ("train", "val", "test")
+NEEDED = ("train", "test")
+PROTOCOL = {"msrvtt": "9k", "vatex": "hgr"}  # of the paper's tables, where a corpus has several
+
+
+class Finding(NamedTuple):
+    """One line of the screen; `todo` is the command that mends it, None where nothing is amiss."""
+
+    what: str
+    found: str
+    todo: str | None
+
+
+# ---- the preset ----
+
+
+def read_preset(name: str) -> tuple[Path, dict]:
+    """(its file, its flags) of a path, or of the name of a file in configs/."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "configs" / f"{name}.yaml"
+    try:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        there = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+        raise InputError(f"{path}: cannot be read ({error.strerror}); presets here: {there}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: is no YAML file ({str(error).splitlines()[0]}); correct it") from None
+    if not isinstance(preset, dict):
+        raise InputError(f"{path}: has no line `flag: value`; is this a preset?")
+    return path, preset
+
+
+# ---- what is there ----
+
+
+def check_annotations(data_dir: Path) -> tuple[Finding, dict[str, set[str]]]:
+    """(finding, split -> ids of its videos)."""
+    corpus = data_dir.name
+    script = f"data/prepare_{corpus}.py"
+    if not (ROOT / script).is_file():
+        script = "data/prepare_<corpus>.py"
+    protocol = f" --protocol {PROTOCOL[corpus]}" if corpus in PROTOCOL else ""
+    todo = f"python {script} --annotations DIR{protocol} --videos VIDEOS --out {data_dir}   (files: data/README.md)"
+    counts, videos = {}, {}
+    for split in SPLITS:
+        path = data_dir / f"{split}.jsonl"
+        if path.is_file():
+            ids = read_videos(path)
+            videos[split], counts[split] = set(ids), (len(set(ids)), len(ids))
+    if absent := [f"{split}.jsonl" for split in NEEDED if not videos.get(split)]:
+        return Finding("annotations", f"no query in {' and '.join(absent)}", todo), videos
+    found = ", ".join(f"{split} {v:,} videos {q:,} queries" for split, (v, q) in counts.items())
+    prepared = read_prepared(data_dir / "prepared.json")
+    if prepared is None:  # a corpus of one's own needs no prepare script
+        unfinished = (ROOT / script).is_file()
+        return Finding("annotations", f"{found}; no prepared.json", todo if unfinished else None), videos
+    if counts != {split: (prepared["videos"][split], prepared["queries"][split]) for split in prepared["videos"]}:
+        return Finding("annotations", f"{found}: not what prepared.json says; changed since?", todo), videos
+    missing = f"; {len(prepared['missing']):,} missing videos left out" if prepared["missing"] else ""
+    return Finding("annotations", f"{prepared['protocol']}: {found}{missing}", None), videos
+
+
+def read_videos(path: Path) -> list[str]:
+    """The video of each query; InputError names the line that has none."""
+    videos = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            videos.append(str(json.loads(line)["video"]))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{path}, line {number}: expected {{"video": id, "query": text}}') from None
+    return videos
+
+
+def read_prepared(path: Path) -> dict | None:
+    """prepared.json, None where there is none."""
+    try:
+        prepared = json.loads(path.read_text(encoding="utf-8"))
+        return {key: prepared[key] for key in ("protocol", "videos", "queries", "missing")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is not what the prepare scripts write; prepare the annotations again") from None
+
+
+def check_frames(frames_dir: Path, videos: set[str]) -> tuple[Finding, dict[str, list[float]]]:
+    """(finding, video -> times in s of its frames)."""
+    todo = f"python scripts/extract_frames.py --videos VIDEOS --out {frames_dir}"
+    try:
+        times = load_frame_index(frames_dir)
+    except InputError as error:
+        return Finding("frames", str(error).split(": make the frames")[0], todo), {}
+    here = [times[video] for video in videos if video in times]
+    found = f"{len(here):,} of {len(videos):,} videos in {frames_dir}{_some(videos - times.keys())}"
+    if here:
+        found += f"; {sum(map(len, here)) / len(here):.1f} frames each"
+    return Finding("frames", found, todo if len(here) < len(videos) else None), times
+
+
+def check_narrations(path: Path, frames_dir: Path, times: Mapping[str, Sequence[float]], videos: set[str]) -> Finding:
+    """Whether each video has a sentence. Whether sentences fit their frames: python -m narvid.narrations."""
+    if not path.is_file():
+        return Finding("narrations", f"no {path}", "get or make a narration file (data/README.md, Narrations)")
+    try:
+        narrations = load_narrations(path, times)
+    except InputError as error:
+        return Finding("narrations", str(error), f"python -m narvid.narrations {path} --frames {frames_dir}")
+    told = {video for video in videos if video in narrations and any(s.strip() for s in narrations[video].sentences)}
+    captioners = sorted({narrations[video].captioner for video in told})
+    found = f"{len(told):,} of {len(videos):,} videos in {path}{_some(videos - told)}"
+    if captioners:
+        found += f"; by {', '.join(captioners[:3])}"
+    todo = "narrate the rest (data/README.md, Narrations), or train with --missing_narration skip-video"
+    return Finding("narrations", found, todo if len(told) < len(videos) else None)
+
+
+def _some(missing: Iterable[str]) -> str:
+    """(missing: a, b, c, ...) or nothing."""
+    names = sorted(missing)
+    return f" (missing: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+# ---- the screen ----
+
+
+def check(path: Path, preset: Mapping, data_dir: Path) -> list[Finding]:
+    """Everything the preset needs, in the order in which it is made."""
+    annotations, of_split = check_annotations(data_dir)
+    videos = set().union(*of_split.values())
+    frames_dir = Path(preset.get("frames", data_dir / "frames"))
+    frames, times = check_frames(frames_dir, videos)
+    findings = [annotations, frames]
+    if "NM" in preset.get("modules", ["NM"]):  # only this module reads them
+        narrations = Path(preset.get("narrations", data_dir / "narrations.jsonl"))
+        findings.append(check_narrations(narrations, frames_dir, times, videos))
+    return findings
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the screen; exit 1 where something is missing."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="what a preset needs on disk, and what is there")
+    parser.add_argument("preset", help="name of a file in configs/ without .yaml, or a path")
+    parser.add_argument("--data_dir", type=Path, help="look there instead of where the preset says")
+    args = parser.parse_args(argv)
+    try:
+        path, preset = read_preset(args.preset)
+        findings = check(path, preset, args.data_dir or Path(preset.get("data_dir", "data/msrvtt")))
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for what, found, todo in findings:
+        print(f"{'[ ]' if todo else '[x]'} {what:12} {found}")
+    todo = next((finding.todo for finding in findings if finding.todo), None)
+    if todo and (ROOT / "scripts" / f"{path.stem}.sh").is_file():
+        todo = f"bash scripts/{path.stem}.sh   (makes all of it)"  # the demo
+    print(f"next: {todo or train_command(path)}")
+    sys.exit(1 if todo else 0)
+
+
+def train_command(path: Path) -> str:
+    """How training with this preset is started."""
+    corpus, _, size = path.stem.partition("_")
+    if path.parent.resolve() == ROOT / "configs" and (ROOT / "scripts" / f"train_{corpus}.sh").is_file():
+        return f"bash scripts/train_{corpus}.sh {size}".strip()
+    return f"python main_task_retrieval.py --config {path} --output_dir runs/{path.stem}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What the train_<corpus>.sh share: bash scripts/train_preset.sh PRESET [flags of main_task_retrieval.py]
+#
+# configs/PRESET.yaml -> runs/PRESET, taken up again where it was interrupted. One process a GPU of this machine;
+# NPROC=n for another number. Several machines: README, "One GPU, many, several nodes".
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+preset=${1:?a file of configs/, without .yaml}
+shift
+gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-$gpus}" main_task_retrieval.py \
+    --config "configs/$preset.yaml" --output_dir "runs/$preset" --resume auto "$@"
