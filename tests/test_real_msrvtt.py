@@ -90,7 +90,7 @@ def test_real_clips_from_official_files_to_a_table(folder):
     [result] = tiny.results(run)
     assert (result["split"], result["select_on"], result["queries"]) == ("test", "last", len(test))
     missing = len(json.loads((data / "prepared.json").read_text())["missing"])
-    assert result["videos_missing"] == missing and f"{missing} videos of the official split are missing" in printed
+    assert result["videos_missing"] == missing and f"{missing} videos of the corpus" in printed
     for name in ("S_qv", "S_qn", "S_sum", "S_fusion"):
         assert f"\n{name}" in printed
         assert all(math.isfinite(x) for direction in result["metrics"][name].values() for x in direction.values())
