@@ -7,6 +7,10 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 preset=${1:?a file of configs/, without .yaml}
 shift
-gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-$gpus}" main_task_retrieval.py \
+processes=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+launch=()
+if [ "$processes" -gt 1 ]; then # plain python says what is wrong in one sentence, torchrun in forty lines
+    launch=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
+fi
+"$PYTHON" "${launch[@]}" main_task_retrieval.py \
     --config "configs/$preset.yaml" --output_dir "runs/$preset" --resume auto "$@"
