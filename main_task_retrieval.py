@@ -142,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
     if args.eval_only and not args.checkpoint:
         parser.error("--eval_only evaluates a --checkpoint: give one")
-    if args.eval_only and "--select_on" in argv:
+    if args.eval_only and any(word.split("=")[0] == "--select_on" for word in argv):
         parser.error("--select_on is of training; with --eval_only the checkpoint says what chose its epoch")
     return args
 

@@ -70,6 +70,7 @@ class RunDir:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+            self.board.flush()
 
     def write_results(self, results: list[dict]) -> None:
         """Rewrite results.jsonl: after a resume it must not keep evaluations of steps that are run again."""

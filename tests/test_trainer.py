@@ -357,3 +357,14 @@ def test_every_result_counts_the_videos_that_are_missing(corpus, tmp_path):
     assert (result["videos"], result["videos_without_narration"], result["videos_missing"]) == (10, 1, 2)
     log = (tmp_path / "skips" / "log.txt").read_text()
     assert "1 more have no narration; 2 videos of the corpus (all splits) were missing" in log
+
+
+def test_with_eval_only_the_checkpoint_alone_says_what_chose_its_epoch(corpus, weights, tmp_path):
+    argv = tiny.flags(corpus, tmp_path, "--eval_only", "--checkpoint", weights, "--select_on", "test")
+    with pytest.raises(SystemExit, match="--select_on is of training"):
+        trainer.parse_args(argv)
+
+
+def test_evaluating_every_n_steps_needs_a_split_that_chooses(corpus, tmp_path):
+    with pytest.raises(SystemExit, match="add --select_on val or test"):
+        trainer.parse_args(tiny.flags(corpus, tmp_path, "--select_on", "last", "--eval_every", 1))
