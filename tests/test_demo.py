@@ -45,7 +45,8 @@ def trained(tmp_path_factory):
 
 def flags(home, corpus, name, *more):
     given = ["--config", ROOT / "configs" / "demo.yaml", "--clip_model", home / "towers.json", "--data_dir", corpus,
-             "--frames", home / "demo" / "frames", "--num_workers", 0, "--output_dir", home / name, *more]
+             "--frames", home / "demo" / "frames", "--max_frames", 4, "--num_workers", 0, "--output_dir", home / name,
+             *more]
     return [str(flag) for flag in given]
 
 
