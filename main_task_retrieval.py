@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.select_on = args.select_on or ("unknown" if args.eval_only else "val" if has_val else "last")
     if args.select_on == "val" and not has_val and not args.eval_only:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
-    if args.eval_every and args.select_on == "last":
+    if args.eval_every and args.select_on == "last" and not args.eval_only:
         parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
     if args.eval_only and not args.checkpoint:
         parser.error("--eval_only evaluates a --checkpoint: give one")

@@ -20,7 +20,7 @@ from . import InputError, fusion
 from .datasets import FrameDataset, Split, collate, make_loader, tokenize
 from .distributed import World, collect, share
 from .metrics import retrieval_metrics
-from .model import Videos
+from .model import Queries, Videos
 from .similarity import match
 
 
@@ -63,13 +63,14 @@ def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding,
     views = ("video",) if videos.narration is None else ("video", "narration")
     scores = {view: torch.zeros(len(mine), len(videos.mask)) for view in views}
     order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
-    batches = order.split(encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
-    bar = tqdm(batches, desc="score queries", unit="batch", leave=False, disable=world.rank > 0)
-    for rows in bar:
+    # Several batches go to one `match`, which prepares the videos anew in every call.
+    chunks = order.split(16 * encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
+    for rows in tqdm(chunks, desc="score queries", unit="chunk", leave=False, disable=world.rank > 0):
         length = int(word_mask[rows].sum(dim=1).max())
         with encoding.autocast():
-            encoded = model.encode_queries(tokens[rows, :length].to(world.device),
-                                           word_mask[rows, :length].to(world.device))
+            parts = [model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
+                     for some in rows.split(encoding.batch_size)]
+        encoded = Queries(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
         for view, part in match(encoded, videos, block=encoding.batch_size, **encoding.matching).items():
             scores[view][rows] = part.float().cpu()
     if not all(part.isfinite().all() for part in scores.values()):

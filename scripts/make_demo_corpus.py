@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from narvid import InputError  # noqa: E402
+from narvid.flags import count, share  # noqa: E402
 
 SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
 EVENTS, CAPTIONS = 3, 20  # of each video
@@ -446,20 +447,6 @@ def report(written: dict[str, list[dict]], queries: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-def rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     form = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -471,11 +458,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     narrator = commands.add_parser("narrate", help="write narrations.jsonl from the truth", **form)
     narrator.add_argument("--frames", type=Path, help="folder of extracted frames; <out>/frames where not given")
     narrator.add_argument(
-        "--hallucination_rate", type=rate, default=0.05, help="share of sentences about nothing shown"
+        "--hallucination_rate", type=share, default=0.05, help="share of sentences about nothing shown"
     )
-    narrator.add_argument("--colour_rate", type=rate, default=0.08, help="share of the others with a wrong colour")
-    narrator.add_argument("--shape_rate", type=rate, default=0.08, help="share of the others with a wrong shape")
-    narrator.add_argument("--repeat_rate", type=rate, default=0.85,
+    narrator.add_argument("--colour_rate", type=share, default=0.08, help="share of the others with a wrong colour")
+    narrator.add_argument("--shape_rate", type=share, default=0.08, help="share of the others with a wrong shape")
+    narrator.add_argument("--repeat_rate", type=share, default=0.85,
                           help="chance to repeat the last sentence about the same event")  # fmt: skip
     for command in (videos, narrator):
         command.add_argument("--out", type=Path, required=True, help="folder of the corpus")
