@@ -21,21 +21,26 @@ from tqdm import tqdm
 
 from narvid import InputError, clip, distributed, losses, optim
 from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
-from narvid.evaluation import (Encoding, encode_videos, score_queries, selection_score, show, table_of_matrices,
-                               with_dsl, with_qb_norm)
-from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, share
+from narvid.evaluation import (Encoding, combine, encode_videos, score_queries, selection_score, show,
+                               table_of_matrices, with_dsl, with_qb_norm)
+from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.frames import load_frame_index
-from narvid.model import MODULES, NarVid, NarVidConfig, heads_from_release
+from narvid.model import MODULES, NarVid, NarVidConfig
 from narvid.narrations import load_narrations
 from narvid.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
 
+METHODS = {"narvid": NarVid}
+
 # ------------------------------------------------------------------------------------------------------------ flags
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(method: str = "narvid") -> Parser:
+    """The flags of every method, and those of this one; another method's are refused, not ignored."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
+    parser.add_argument("--method", choices=METHODS, default=method,
+                        help="what is trained; `--method NAME --help` lists its own flags")
 
     g = parser.add_argument_group("data")
     g.add_argument("--data_dir", default="data/msrvtt", help="folder with {train,val,test}.jsonl")
@@ -53,28 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
     g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
     g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
-    g.add_argument("--modules", nargs="*", choices=MODULES, default=list(MODULES), help="Table 3: modules switched on")
-    g.add_argument("--temporal_layers", type=positive, default=4, help="blocks of a temporal encoder (the family's 4)")
-    g.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
     g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or a released NarVid checkpoint")
 
-    g = parser.add_argument_group("matching")
-    g.add_argument("--fidelity", choices=["reported", "paper"], default="reported",
-                   help="behaviour that made the published tables, or the text of the paper (README)")
-    g.add_argument("--filter", choices=["nucleus", "topk", "none"], default="nucleus", help="Sec. 3.4, of module QAF")
-    g.add_argument("--filter_p", type=share, default=0.4, help="p: cumulative weight of the nucleus")
-    g.add_argument("--filter_k", type=positive, default=3, help="k of --filter topk")
-    g.add_argument("--temperature", type=positive_float, default=0.1, help="of the filter's and the word weights'")
-
-    g = parser.add_argument_group("loss")
-    g.add_argument("--hard_loss", choices=["hinge", "nce"], default="hinge", help="of module CVH: Eqs. 8-9, or Eq. 12")
-    g.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
-    g.add_argument("--eta", type=number, default=1.8, help="eta: the hinge's margin is eta lambda sigma (Eq. 8)")
-    g.add_argument("--alpha", type=number, default=1.0, help="alpha: weight of the hard-negative loss (Eq. 10)")
-    g.add_argument("--exclude_same_video", action=switch, default=False,
-                   help="another caption of the same video in the batch is no negative")
+    if method == "narvid":
+        add_narvid_flags(parser.add_argument_group(method))
+    else:
+        METHODS[method].add_flags(parser.add_argument_group(method))
 
     g = parser.add_argument_group("optimisation")
+    g.add_argument("--exclude_same_video", action=switch, default=False,
+                   help="another caption of the same video in the batch is no negative")
     g.add_argument("--recipe", choices=["reported", "modern"], default="modern",
                    help="reported: fp16 towers and BertAdam, as behind the published tables; modern: AdamW over fp32")
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="autocast of recipe modern")
@@ -115,21 +108,45 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_narvid_flags(g) -> None:
+    """The paper's own flags: modules, matching, loss."""
+    g.add_argument("--modules", nargs="*", choices=MODULES, default=list(MODULES), help="Table 3: modules switched on")
+    g.add_argument("--temporal_layers", type=positive, default=4, help="blocks of a temporal encoder (the family's 4)")
+    g.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
+    g.add_argument("--fidelity", choices=["reported", "paper"], default="reported",
+                   help="behaviour that made the published tables, or the text of the paper (README)")
+    g.add_argument("--filter", choices=["nucleus", "topk", "none"], default="nucleus", help="Sec. 3.4, of module QAF")
+    g.add_argument("--filter_p", type=share, default=0.4, help="p: cumulative weight of the nucleus")
+    g.add_argument("--filter_k", type=positive, default=3, help="k of --filter topk")
+    g.add_argument("--temperature", type=positive_float, default=0.1, help="of the filter's and the word weights'")
+    g.add_argument("--hard_loss", choices=["hinge", "nce"], default="hinge", help="of module CVH: Eqs. 8-9, or Eq. 12")
+    g.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
+    g.add_argument("--eta", type=number, default=1.8, help="eta: the hinge's margin is eta lambda sigma (Eq. 8)")
+    g.add_argument("--alpha", type=number, default=1.0, help="alpha: weight of the hard-negative loss (Eq. 10)")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with presets and checkpoints as argv that stands before the user's own, so that argparse checks all."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser()
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--checkpoint"):
+    for flag in ("--config", "--checkpoint", "--method"):
         first.add_argument(flag)
-    first.add_argument("--eval_only", action="store_true")
-    preset_of = first.parse_known_args(argv)[0].config
-    preset = preset_argv(preset_of, parser) if preset_of else []
-    given, _ = first.parse_known_args([*preset, *argv])
-    stored = checkpoint_argv(given.checkpoint, parser, eval_only=given.eval_only) if given.checkpoint else []
+    first.add_argument("--eval_only", action=argparse.BooleanOptionalAction)
+    given, _ = first.parse_known_args(argv)
+    preset = read_preset(given.config, first) if given.config else {}
+    checkpoint = given.checkpoint or preset.get("checkpoint")
+    stored = args_of_checkpoint(checkpoint, first) if checkpoint else {}
+    method = given.method or preset.get("method") or stored.get("method", "narvid")
+    if method not in [*METHODS]:
+        first.error(f"--method {method}: choose from {', '.join(METHODS)}")
+    parser = build_parser(method)
+    eval_only = preset.get("eval_only", False) if given.eval_only is None else given.eval_only
+    preset = preset_argv(preset, given.config, parser) if preset else []
+    stored = checkpoint_argv(stored, checkpoint, parser, eval_only=eval_only) if stored else []
     # A checkpoint is evaluated as it was trained, whatever a preset says; training may go on with other values.
-    args = parser.parse_args([*preset, *stored, *argv] if given.eval_only else [*stored, *preset, *argv])
+    args = parser.parse_args([*preset, *stored, *argv] if eval_only else [*stored, *preset, *argv])
 
+    args.eval_only |= method == "zeroshot"
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
     args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
     if args.clip_lr is None:
@@ -140,57 +157,70 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
     if args.eval_every and args.select_on == "last" and not args.eval_only:
         parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
-    if args.eval_only and not args.checkpoint:
+    if args.eval_only and not args.checkpoint and method != "zeroshot":
         parser.error("--eval_only evaluates a --checkpoint: give one")
     if args.eval_only and any(word.split("=")[0] == "--select_on" for word in argv):
         parser.error("--select_on is of training; with --eval_only the checkpoint says what chose its epoch")
     return args
 
 
-def checkpoint_argv(path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
-    """What a checkpoint of ours says about its model, so that it needs no flag again; [] for a released one."""
+def args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
+    """The flags that a checkpoint of ours was trained with; {} for a released one."""
     try:
-        stored = load_checkpoint(path).get("args")
+        return load_checkpoint(path).get("args", {})
     except InputError as error:
         parser.error(str(error))
+
+
+def checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
+    """What a checkpoint of ours says about its model, so that it needs no flag again."""
     groups = {g.title: g for g in parser._action_groups}
-    own = [a.dest for title in ("model", "matching") for a in groups[title]._group_actions if a.dest != "checkpoint"]
+    method = parser.get_default("method")
+    own = [a.dest for title in ("model", method) for a in groups[title]._group_actions if a.dest != "checkpoint"]
+    own = [dest for dest in own if dest not in ("hard_loss", "lam", "eta", "alpha")]  # of the loss, not of the model
     own += ["max_words", "max_frames", "fusion_weight", "recipe", "precision"]
     own += ["select_on"] if eval_only else []  # its epoch was chosen when it was trained, and the result says on what
-    return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser) if stored else []
+    return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: argparse.Namespace) -> tuple[NarVid, clip.ClipConfig]:
-    """NarVid with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones."""
+def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipConfig]:
+    """The method with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones."""
     half = args.recipe == "reported"
     try:
         stored = load_checkpoint(args.checkpoint) if args.checkpoint else {}
         ours, released = "clip_config" in stored, bool(stored) and "clip_config" not in stored
         if ours:
-            if args.clip_model != stored["args"]["clip_model"]:
-                raise InputError(f"{args.checkpoint}: a checkpoint of another model, --clip_model "
-                                 f"{stored['args']['clip_model']}, not {args.clip_model}")
+            for flag, value in (("method", stored["args"].get("method", "narvid")),
+                                ("clip_model", stored["args"]["clip_model"])):
+                if getattr(args, flag) != value:
+                    raise InputError(f"{args.checkpoint}: a checkpoint of another model, --{flag} {value}, not "
+                                     f"{getattr(args, flag)}")
             clip_config = clip.ClipConfig(**stored["clip_config"])
             towers = clip.build_towers(clip_config, half=half)
         else:
             quick_gelu = True if released else args.quick_gelu  # released checkpoints descend from OpenAI's weights
-            pretrained = None if released else args.clip_pretrained
+            merged = getattr(args, "merge_clip", 0)  # InternVideo averages its release with CLIP's weights
+            pretrained = None if released and not merged else args.clip_pretrained
             towers, clip_config = clip.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
         if args.max_words > clip_config.context_length:
             raise InputError(f"--max_words {args.max_words}: the text tower has {clip_config.context_length} positions")
         if args.max_frames > NarVidConfig.positions:
             raise InputError(f"--max_frames {args.max_frames}: there are {NarVidConfig.positions} temporal positions")
-        model = NarVid(towers, NarVidConfig(clip_config.embed_dim, tuple(args.modules), args.temporal_layers,
-                                            dropout=args.dropout, temperature=args.temperature))
+        if args.method == "narvid":
+            model = NarVid(towers, NarVidConfig(clip_config.embed_dim, tuple(args.modules), args.temporal_layers,
+                                                dropout=args.dropout, temperature=args.temperature))
+            if not stored and not model.heads.start_from_text_tower(towers):
+                print("the text tower is not as wide as the joint dimension: the temporal encoders start from random "
+                      "weights", file=sys.stderr)
+        else:
+            model = METHODS[args.method](towers, clip_config, **flags_of_method(args))
         if ours:
             clip.load_weights(model, stored["model"], source=args.checkpoint)
         elif released:
-            load_released(model, stored, args.checkpoint)
-        else:
-            model.heads.start_from_text_tower(towers)
+            model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, args.checkpoint)
     except ValueError as error:
         raise InputError(str(error)) from error
     if half:
@@ -204,12 +234,11 @@ def build_model(args: argparse.Namespace) -> tuple[NarVid, clip.ClipConfig]:
     return model, clip_config
 
 
-def load_released(model: NarVid, state: dict, path: str) -> None:
-    """A released checkpoint: CLIP under "clip.", the heads under the release's own names."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    towers = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
-    clip.load_weights(model.clip, {k: v for k, v in towers.items() if k not in clip.ARCHIVE_KEYS}, source=path)
-    clip.load_weights(model.heads, heads_from_release(state, source=path).state_dict(), source=path)
+def flags_of_method(args: argparse.Namespace) -> dict:
+    """A baseline's own flags, which are its constructor's arguments."""
+    group = Parser().add_argument_group()
+    METHODS[args.method].add_flags(group)
+    return {action.dest: getattr(args, action.dest) for action in group._group_actions}
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
@@ -229,10 +258,17 @@ def matching(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
+def uses_narration(args: argparse.Namespace) -> bool:
+    """Whether the method reads the sentences of the picked frames."""
+    if args.method == "narvid":
+        return "NM" in args.modules
+    return METHODS[args.method].uses == "narration" and getattr(args, "use_narration", True)
+
+
 def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, object]:
     """{"train", "val", "test"}: the splits that this run needs, every picked frame looked at."""
     frame_times = load_frame_index(args.frames)
-    narrations = load_narrations(args.narrations, frame_times) if "NM" in args.modules else None
+    narrations = load_narrations(args.narrations, frame_times) if uses_narration(args) else None
     wanted = ["test"] if args.eval_only else ["train", "test"]
     wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
     load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, max_frames=args.max_frames,
@@ -257,10 +293,12 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def loss_parts(queries, videos, scale, video_index, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def loss_parts(model, queries, videos, scale, video_index, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Eq. 10 as named parts to be summed: NCE of each view and, with CVH, alpha times the hard-negative loss."""
-    similarity = match(queries, videos, **matching(args))
     exclude = video_index[:, None] == video_index[None, :] if args.exclude_same_video else None
+    if args.method != "narvid":
+        return model.loss(model.score(queries, videos), scale, exclude)
+    similarity = match(queries, videos, **matching(args))
     half = 0.5 if args.fidelity == "paper" and "narration" in similarity else 1.0  # Eq. 5's 1/2; the release has none
     parts = {f"nce_{view}": half * losses.nce(s, scale, exclude) for view, s in similarity.items()}
     if "CVH" in args.modules:
@@ -285,7 +323,7 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
                 queries, videos, scale = model(batch.tokens, batch.word_mask, batch.frames, batch.mask, batch.sentences,
                                                batch.sentence_of_frame, batch.narration_mask)
             queries, videos = distributed.gather_features(queries, videos)
-            parts = loss_parts(queries, videos, scale, distributed.gather(batch.video), args)
+            parts = loss_parts(plain(model), queries, videos, scale, distributed.gather(batch.video), args)
             loss = sum(parts.values())
             stop_unless_finite(loss, f"the loss at {where}", batch, split)
             scaler.scale(loss / len(batches)).backward()
@@ -312,7 +350,7 @@ def stop_unless_finite(value: torch.Tensor, what: str, batch, split) -> None:
                          "is kept; lower the learning rates or look at these videos")
 
 
-def plain(model) -> NarVid:
+def plain(model) -> torch.nn.Module:
     """The model below DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -324,13 +362,17 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
     """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation."""
     model = plain(model).eval()
     split = splits[name]
+    if args.method == "narvid":
+        score, views = partial(match, **matching(args)), ("video", "narration") if uses_narration(args) else ("video",)
+    else:
+        score, views = model.score, model.views
     encoding = Encoding(clip_config.image_size, args.max_words, args.max_frames, args.eval_batch_size, args.num_workers,
-                        partial(autocast, args, world.device), matching(args))
+                        partial(autocast, args, world.device), score, views)
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
               "videos_without_narration": len(split.skipped), "videos_missing": split.missing}
-    truth = (split.video_of_query, args.fusion_weight)
+    truth = (split.video_of_query, partial(getattr(model, "combine", combine), weight=args.fusion_weight))
     result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth), world)
     if final and args.dsl_scale:
         result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
@@ -340,9 +382,10 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
         bank = score_queries(model, queries, videos, encoding, world)
         result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, bank, *truth), world)
     if final and args.save_similarity:
+        names = {"video": "S_qv", "narration": "S_qn"}
         run.save_arrays("similarity.npz", {"video_of_query": split.video_of_query, "videos": np.array(split.videos),
                                            "queries": np.array(split.queries),
-                                           **{f"S_q{view[0]}": s.numpy() for view, s in scores.items()}})
+                                           **{names.get(view, f"S_{view}"): s.numpy() for view, s in scores.items()}})
     model.train()
     return result
 
@@ -387,8 +430,6 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
     run.open(tensorboard=args.tensorboard, step=progress["global_step"])
-    if model.heads.config.dim != model.clip.positional_embedding.shape[1]:
-        run.log("the text tower is not as wide as the joint dimension: the temporal encoders start from random weights")
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
             f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
@@ -426,7 +467,7 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     return finish(run, progress["results"], test(model))
 
 
-def resume(run: RunDir, model: NarVid, optimizer: torch.optim.Optimizer, scaler) -> dict:
+def resume(run: RunDir, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler) -> dict:
     """Where to go on: 1. weights, 2. optimiser, 3. loss scale, 4. progress and results so far.
 
     Nothing random is stored: the order of samples comes from (seed, epoch), dropout from (seed, step, rank).

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import InputError
-from .model import Queries, Videos
 
 
 class World(NamedTuple):
@@ -81,20 +80,23 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if x.is_floating_point() else torch.cat(_all_gather(x))
 
 
-def gather_features(queries: Queries, videos: Videos) -> tuple[Queries, Videos]:
-    """The local part of a batch -> the global batch, with gradient; words are padded to the longest query of all."""
+def gather_features(queries: NamedTuple, videos: NamedTuple) -> tuple[NamedTuple, NamedTuple]:
+    """The local part of a batch -> the global batch, with gradient.
+
+    Fields of `queries` whose name starts with "word" run along words, axis 1: padded to the longest query of all ranks.
+    """
     if not dist.is_initialized():
         return queries, videos
-    length = torch.tensor(queries.words.shape[1], device=queries.words.device)
-    dist.all_reduce(length, dist.ReduceOp.MAX)
-    padding = int(length) - queries.words.shape[1]
-    words = torch.nn.functional.pad(queries.words, (0, 0, 0, padding))
-    word_mask = torch.nn.functional.pad(queries.word_mask, (0, padding))
-    word_weights = queries.word_weights
-    if word_weights is not None:
-        word_weights = gather(torch.nn.functional.pad(word_weights, (0, padding)))
-    queries = Queries(gather(queries.eos), gather(words), gather(word_mask), word_weights)
-    return queries, Videos(*(None if x is None else gather(x) for x in videos))
+    fields = queries._asdict()
+    along_words = [name for name, x in fields.items() if name.startswith("word") and x is not None]
+    if along_words:
+        length = torch.tensor(fields[along_words[0]].shape[1], device=queries[0].device)
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        for name in along_words:
+            x = fields[name]
+            fields[name] = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, int(length) - x.shape[1]))
+    return (type(queries)(*(None if x is None else gather(x) for x in fields.values())),
+            type(videos)(*(None if x is None else gather(x) for x in videos)))
 
 
 def share(n: int, world: World) -> range:

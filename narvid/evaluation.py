@@ -2,7 +2,7 @@
 
 The same functions as in training do the scoring; the work is shared among ranks. No flags, no files here.
 
-Legend: B queries, V videos, K frames, L words, D joint dimension.
+Legend: B queries, V videos.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from . import InputError, fusion
 from .datasets import FrameDataset, Split, collate, make_loader, tokenize
 from .distributed import World, collect, share
 from .metrics import retrieval_metrics
-from .model import Queries, Videos
-from .similarity import match
 
 
 class Encoding(NamedTuple):
@@ -33,12 +31,13 @@ class Encoding(NamedTuple):
     batch_size: int  # videos, or queries, at a time
     num_workers: int
     autocast: Callable  # () -> context manager for the towers and heads
-    matching: dict  # keyword arguments of similarity.match
+    score: Callable  # (queries, videos, block=...) -> {view: (B, V)}
+    views: tuple[str, ...]  # the keys of what it returns
 
 
 @torch.no_grad()
-def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Videos:
-    """Every video of the split once -> enhanced features of all V videos, on every rank."""
+def encode_videos(model, split: Split, encoding: Encoding, world: World) -> NamedTuple:
+    """Every video of the split once -> the method's features of all V videos (NarVid: Videos), on every rank."""
     mine = share(len(split.videos), world)
     dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.image_size)
     batches = [list(mine)[i:i + encoding.batch_size] for i in range(0, len(mine), encoding.batch_size)]
@@ -51,27 +50,27 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Vide
         with encoding.autocast():
             parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
                                              batch.narration_mask))
-    return Videos(*(None if column[0] is None else collect(torch.cat(column), len(split.videos), world)
-                    for column in zip(*parts)))
+    return type(parts[0])(*(None if column[0] is None else collect(torch.cat(column), len(split.videos), world)
+                            for column in zip(*parts)))
 
 
 @torch.no_grad()
-def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding, world: World) -> dict[str, Tensor]:
-    """Every query once, with all videos -> {"video": (B, V), "narration": (B, V)} fp32 on rank 0's CPU; else {}."""
+def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encoding,
+                  world: World) -> dict[str, Tensor]:
+    """Every query once, with all videos -> {view: (B, V)}, fp32 on rank 0's CPU; elsewhere {}."""
     mine = share(len(queries), world)
     tokens, word_mask = tokenize(queries[mine.start:mine.stop], encoding.max_words)
-    views = ("video",) if videos.narration is None else ("video", "narration")
-    scores = {view: torch.zeros(len(mine), len(videos.mask)) for view in views}
+    scores = {view: torch.zeros(len(mine), len(videos[0])) for view in encoding.views}
     order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
-    # Several batches go to one `match`, which prepares the videos anew in every call.
+    # Several batches go to one `score`, which prepares the videos anew in every call.
     chunks = order.split(16 * encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
     for rows in tqdm(chunks, desc="score queries", unit="chunk", leave=False, disable=world.rank > 0):
         length = int(word_mask[rows].sum(dim=1).max())
         with encoding.autocast():
             parts = [model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
                      for some in rows.split(encoding.batch_size)]
-        encoded = Queries(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
-        for view, part in match(encoded, videos, block=encoding.batch_size, **encoding.matching).items():
+        encoded = type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+        for view, part in encoding.score(encoded, videos, block=encoding.batch_size).items():
             scores[view][rows] = part.float().cpu()
     if not all(part.isfinite().all() for part in scores.values()):
         raise InputError("the scores are not finite, the weights have diverged: lower the learning rates, or evaluate "
@@ -82,7 +81,10 @@ def score_queries(model, queries: list[str], videos: Videos, encoding: Encoding,
 
 def combine(scores: dict[str, Tensor], weight: float,
             statistics: fusion.Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view."""
+    """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view.
+
+    The last one is the method's result. Methods with other views bring a `combine` of their own.
+    """
     yield "S_qv", scores["video"]
     if "narration" in scores:
         yield "S_qn", scores["narration"]
@@ -90,23 +92,23 @@ def combine(scores: dict[str, Tensor], weight: float,
         yield "S_fusion", fusion.fuse(scores["video"], scores["narration"], weight, statistics)
 
 
-def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float) -> dict[str, dict]:
-    """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}."""
-    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores, weight)}
+def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable) -> dict[str, dict]:
+    """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}; combine(scores) yields (name, matrix)."""
+    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores)}
 
 
-def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, weight: float, scale: float) -> dict[str, dict]:
+def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable, scale: float) -> dict[str, dict]:
     """The same table after DSL on each view: over queries for text-to-video, over videos for video-to-text."""
     directions = {"text_to_video": "queries", "video_to_text": "videos"}
     tables = {direction: table_of_matrices({view: fusion.dsl(s.double(), scale, over) for view, s in scores.items()},
-                                           video_of_query, weight) for direction, over in directions.items()}
+                                           video_of_query, combine) for direction, over in directions.items()}
     return {name: {direction: tables[direction][name][direction] for direction in directions}
             for name in tables["text_to_video"]}
 
 
 def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_query: np.ndarray,
-                 weight: float) -> dict[str, dict]:
-    """Text-to-video after QB-Norm of each of the four matrices; `bank` holds other queries' scores of the same videos.
+                 combine: Callable) -> dict[str, dict]:
+    """Text-to-video after QB-Norm of each matrix; `bank` holds other queries' scores of the same videos.
 
     The bank is fused with the statistics of the test matrices, and S_fusion brought back to the spread of S_qv's
     cosines, for which QB-Norm's beta is made.
@@ -115,8 +117,8 @@ def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_qu
     if "narration" in scores:
         statistics = tuple(fusion.matrix_statistics(scores[view]) for view in ("video", "narration"))
     both = [{view: s.double() for view, s in matrices.items()} for matrices in (scores, bank)]
-    for (name, s), (_, of_bank) in zip(*(combine(matrices, weight, statistics) for matrices in both)):
-        spread = statistics[0][1] if name == "S_fusion" else 1.0
+    for (name, s), (_, of_bank) in zip(*(combine(matrices, statistics=statistics) for matrices in both)):
+        spread = statistics[0][1] if name == "S_fusion" and statistics else 1.0
         normed = fusion.qb_norm(spread * s, spread * of_bank)
         table[name] = {"text_to_video": retrieval_metrics(normed.numpy(), video_of_query)["text_to_video"]}
     return table
@@ -148,6 +150,5 @@ def show(result: dict) -> str:
 
 
 def selection_score(result: dict) -> float:
-    """Text-to-video R@1 of the best fused matrix there is."""
-    metrics = result["metrics"]
-    return metrics.get("S_fusion", metrics["S_qv"])["text_to_video"]["R@1"]
+    """Text-to-video R@1 of the method's result, the last matrix of the table."""
+    return list(result["metrics"].values())[-1]["text_to_video"]["R@1"]

@@ -62,8 +62,8 @@ def share(text: str) -> float:
     return value
 
 
-def preset_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML preset as argv; names are checked here because argparse would not say which file they stand in."""
+def read_preset(path: str, parser: argparse.ArgumentParser) -> dict:
+    """A YAML preset as {flag: value}; what is no such thing ends in parser.error."""
     try:
         preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -73,6 +73,11 @@ def preset_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
         parser.error(f"--config {path}{line}: is not YAML of one 'flag: value' a line")
     if not isinstance(preset, dict):
         parser.error(f"--config {path}: must hold one 'flag: value' a line")
+    return preset
+
+
+def preset_argv(preset: dict, path: str, parser: Parser) -> list[str]:
+    """A preset as argv; values are checked here because argparse would not say which file they stand in."""
     argv = as_argv(preset, path, parser)
     parser.where = f"{path}: "
     parser.parse_args([*argv, "--output_dir", "."])  # only to name the file where a value is wrong

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip import encode_frames, encode_text, load_weights
+from .clip import ARCHIVE_KEYS, encode_frames, encode_text, load_weights
 
 MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-modal interaction, filtering, hard negatives
 
@@ -234,6 +234,12 @@ class NarVid(nn.Module):
             eos, _ = encode_text(self.clip, sentences, words=False)  # (U, D)
             narration = _widen(eos)[sentence_of_frame]  # (V, K, D)
         return self.heads.enhance(video, narration, mask, narration_mask)
+
+    def load_release(self, state: dict[str, Tensor], source: str) -> None:
+        """A released checkpoint: CLIP under "clip.", the heads under the release's own names (FIELD_NOTES 9)."""
+        towers = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
+        load_weights(self.clip, {k: v for k, v in towers.items() if k not in ARCHIVE_KEYS}, source=source)
+        load_weights(self.heads, heads_from_release(state, source=source).state_dict(), source=source)
 
 
 # ------------------------------------------------------------------------------------------------ released weights
