@@ -25,6 +25,7 @@ from narvid.evaluation import (Encoding, combine, encode_videos, score_queries, 
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.frames import load_frame_index
+from narvid.metrics import text_to_video_ranks
 from narvid.model import MODULES, NarVid, NarVidConfig
 from narvid.narrations import load_narrations
 from narvid.run_dir import RunDir, load_checkpoint
@@ -49,7 +50,9 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
     g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
-    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video, uniform among extracted")
+    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video")
+    g.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform",
+                   help="in training; segments: one frame at random from each K-th part of a video, with its sentence")
     g.add_argument("--num_workers", type=count, default=4, help="loader processes a rank")
     g.add_argument("--cache_frames", action=switch, default=False,
                    help="decode once: V * K * 3 * side^2 bytes of shared memory a process")
@@ -271,9 +274,11 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
     narrations = load_narrations(args.narrations, frame_times) if uses_narration(args) else None
     wanted = ["test"] if args.eval_only else ["train", "test"]
     wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
-    load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, max_frames=args.max_frames,
-                   narrations=narrations, narrations_path=args.narrations, missing_narration=args.missing_narration)
-    splits = {name: load(Path(args.data_dir, f"{name}.jsonl")) for name in wanted}
+    load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, narrations=narrations,
+                   narrations_path=args.narrations, missing_narration=args.missing_narration)
+    longest = {"train": None} if args.frame_sampling == "segments" else {}  # its items may draw any frame
+    splits = {name: load(Path(args.data_dir, f"{name}.jsonl"), max_frames=longest.get(name, args.max_frames))
+              for name in wanted}
     for name, split in splits.items():
         if len(split.videos) < world.size:
             raise InputError(f"{Path(args.data_dir, name)}.jsonl: its {len(split.videos)} videos cannot be shared "
@@ -374,6 +379,10 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
               "videos_without_narration": len(split.skipped), "videos_missing": split.missing}
     truth = (split.video_of_query, partial(getattr(model, "combine", combine), weight=args.fusion_weight))
     result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth), world)
+    if final and world.rank == 0:
+        ranks = {name: text_to_video_ranks(s.numpy(), split.video_of_query) for name, s in truth[1](scores)}
+        run.save_csv("ranks.csv", {"video": [split.videos[v] for v in split.video_of_query], "query": split.queries,
+                                   **ranks})
     if final and args.dsl_scale:
         result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
     if final and args.qb_norm_queries:
@@ -422,7 +431,8 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     train = splits["train"]
     sampler = PairSampler(len(train.queries), args.batch_size, rank=world.rank, world_size=world.size,
                           seed=args.seed, accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(train, train.video_of_query, clip_config.image_size, cache=args.cache_frames)
+    dataset = FrameDataset(train, train.video_of_query, clip_config.image_size, cache=args.cache_frames, seed=args.seed,
+                           segments=args.max_frames if args.frame_sampling == "segments" else None)
     to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
     loader = make_loader(dataset, to_batch, sampler, num_workers=args.num_workers)
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,
@@ -492,6 +502,7 @@ def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, prog
     """From progress["step"] to the end of progress["epoch"]; leaves progress at the start of the next epoch."""
     epoch, total = progress["epoch"], sampler.steps * args.epochs
     sampler.set(epoch, progress["step"])
+    loader.dataset.epoch.fill_(epoch)
     batches = iter(loader)
     bar = tqdm(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,
                desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=world.rank > 0)

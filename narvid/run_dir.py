@@ -3,6 +3,7 @@
     runs/<name>/config.yaml     every flag, resolved, and the commit
                 log.txt         what was printed
                 results.jsonl   one evaluation a line
+                ranks.csv       the final evaluation: each query's rank in every matrix
                 last.pt         all that an exact resume needs
                 best.pt         all that evaluation needs: the selected model
 
@@ -11,10 +12,12 @@ Files are written under a temporary name and renamed, so that a kill at any mome
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,13 @@ class RunDir:
         """Similarity matrices as .npz."""
         if self.writes:
             self._replace(name, lambda f: np.savez(f, **arrays))
+
+    def save_csv(self, name: str, columns: dict[str, Sequence]) -> None:
+        """Columns of equal length as .csv with a head line."""
+        if self.writes:
+            text = io.StringIO(newline="")
+            csv.writer(text, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+            self._replace(name, lambda f: f.write(text.getvalue().encode()))
 
     def load(self, name: str) -> dict | None:
         """A checkpoint of this run, or None where there is none yet."""

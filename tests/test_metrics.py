@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 
-from narvid.metrics import retrieval_metrics
+from narvid.metrics import paired_bootstrap, retrieval_metrics
 
 NAMES = {"R@1", "R@5", "R@10", "MdR", "MnR"}
 
@@ -113,3 +113,47 @@ WRONG = {
 def test_bad_input_is_refused(wrong):
     with pytest.raises(ValueError):
         retrieval_metrics(*WRONG[wrong])
+
+
+# ------------------------------------------------------------------------------------------------ paired bootstrap
+
+
+def slow_bootstrap(a, b, video_of_query, samples, rng):
+    """The same by drawing: videos with all their queries, and seeds, one sample at a time."""
+    videos = np.unique(video_of_query)
+    differences = []
+    for _ in range(samples):
+        drawn = rng.choice(videos, len(videos))
+        queries = np.concatenate([np.flatnonzero(video_of_query == v) for v in drawn])
+        of_a, of_b = (x[rng.choice(len(x), len(x))][:, queries].mean() for x in (a, b))
+        differences.append(of_b - of_a)
+    return np.array(differences)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (3, 2)])
+def test_bootstrap_against_drawing_one_by_one(seeds):
+    rng = np.random.default_rng(3)
+    video_of_query = rng.integers(0, 60, 150)
+    a, b = 100.0 * (rng.random((seeds[0], 150)) < 0.4), 100.0 * (rng.random((seeds[1], 150)) < 0.5)
+    found = paired_bootstrap(a, b, video_of_query, samples=4000)
+    slow = slow_bootstrap(a, b, video_of_query, 4000, rng)
+    assert found.mean == pytest.approx(b.mean() - a.mean())
+    spread = slow.std()
+    assert (found.low, found.high) == pytest.approx(np.percentile(slow, (2.5, 97.5)), abs=0.15 * spread)
+    assert found.p == pytest.approx(2 * min((slow <= 0).mean(), (slow >= 0).mean()), abs=0.03)
+
+
+def test_bootstrap_counts_videos_not_captions():
+    """Twenty identical captions of each video say no more than one."""
+    rng = np.random.default_rng(0)
+    a, b = 100.0 * (rng.random(80) < 0.3), 100.0 * (rng.random(80) < 0.4)
+    one = paired_bootstrap(a, b, np.arange(80), samples=1000)
+    assert paired_bootstrap(a.repeat(20), b.repeat(20), np.arange(80).repeat(20), samples=1000) == pytest.approx(one)
+
+
+def test_bootstrap_of_equal_runs_finds_nothing_and_of_unlike_ones_all():
+    hits = 100.0 * (np.random.default_rng(1).random(200) < 0.5)
+    assert paired_bootstrap(hits, hits, np.arange(200), samples=500) == (0, 0, 0, 1)
+    assert paired_bootstrap(0 * hits, 0 * hits + 100, np.arange(200), samples=500) == (100, 100, 100, 1 / 500)
+    with pytest.raises(ValueError, match="the same ones"):
+        paired_bootstrap(hits, hits[1:], np.arange(200))
