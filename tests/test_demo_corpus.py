@@ -4,6 +4,7 @@ that errs as stated, and a retrieval task that the narration solves for whoever 
 import csv
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -13,7 +14,8 @@ import av
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import make_demo_corpus as demo
 
@@ -221,6 +223,15 @@ def test_narrate_writes_one_sentence_a_frame_at_its_time(corpus, capsys):
     demo.main(["narrate", "--out", str(corpus), "--frames", str(corpus / "frames")])
     assert (corpus / "narrations.jsonl").read_bytes() == first
     assert "hallucinated" in capsys.readouterr().out
+
+
+def test_with_validation_videos_protocol_full_can_be_prepared(tmp_path):
+    out = make(tmp_path / "demo", "--val", "2", train=3, test=1)
+    subprocess.run([sys.executable, ROOT / "data" / "prepare_msrvtt.py", "--annotations", out / "annotations",
+                    "--protocol", "full", "--allow_partial", "--out", out], check=True, capture_output=True)
+    lines = {split: (out / f"{split}.jsonl").read_text().splitlines() for split in ("train", "val", "test")}
+    assert {split: len(of) for split, of in lines.items()} == {"train": 60, "val": 40, "test": 20}
+    assert {json.loads(line)["video"] for line in lines["val"]} == {"video3", "video4"}
 
 
 def test_narrate_names_the_missing_frames(tmp_path):
