@@ -20,6 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from narvid import InputError, clip, distributed, losses, optim
+from narvid.baselines.cap4video import Cap4Video
+from narvid.baselines.clip2video import CLIP2Video
+from narvid.baselines.clip4clip import CLIP4Clip
+from narvid.baselines.internvideo import InternVideo
+from narvid.baselines.zeroshot import ZeroShot
 from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
 from narvid.evaluation import (Encoding, combine, encode_videos, score_queries, selection_score, show,
                                table_of_matrices, with_dsl, with_qb_norm)
@@ -31,7 +36,8 @@ from narvid.narrations import load_narrations
 from narvid.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
 
-METHODS = {"narvid": NarVid}
+METHODS = {"narvid": NarVid, "clip4clip": CLIP4Clip, "clip2video": CLIP2Video, "cap4video": Cap4Video,
+           "zeroshot": ZeroShot, "internvideo": InternVideo}
 
 # ------------------------------------------------------------------------------------------------------------ flags
 
@@ -61,7 +67,7 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
     g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
     g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
-    g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or a released NarVid checkpoint")
+    g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or the method's released file")
 
     if method == "narvid":
         add_narvid_flags(parser.add_argument_group(method))
@@ -155,7 +161,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.clip_lr is None:
         args.clip_lr = 1e-7 if args.recipe == "reported" else 1e-6
     has_val = Path(args.data_dir, "val.jsonl").exists()
-    args.select_on = args.select_on or ("unknown" if args.eval_only else "val" if has_val else "last")
+    untold = "none, nothing is trained" if method == "zeroshot" else "unknown"
+    args.select_on = args.select_on or (untold if args.eval_only else "val" if has_val else "last")
     if args.select_on == "val" and not has_val and not args.eval_only:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
     if args.eval_every and args.select_on == "last" and not args.eval_only:
@@ -170,7 +177,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
     """The flags that a checkpoint of ours was trained with; {} for a released one."""
     try:
-        return load_checkpoint(path).get("args", {})
+        stored = load_checkpoint(path)
+        return stored["args"] if "clip_config" in stored else {}
     except InputError as error:
         parser.error(str(error))
 
@@ -206,6 +214,9 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         else:
             quick_gelu = True if released else args.quick_gelu  # released checkpoints descend from OpenAI's weights
             merged = getattr(args, "merge_clip", 0)  # InternVideo averages its release with CLIP's weights
+            if merged and not (released and args.clip_pretrained):
+                raise InputError("--merge_clip averages a released --checkpoint with CLIP's weights: give both "
+                                 "--checkpoint and --clip_pretrained")
             pretrained = None if released and not merged else args.clip_pretrained
             towers, clip_config = clip.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
         if args.max_words > clip_config.context_length:

@@ -1,0 +1,273 @@
+"""narvid.baselines.cap4video: both branches against reference_cap4video.py, the two stages, its titles and its runs.
+
+B queries, V videos, K frames of a video, T titles of a video, U distinct titles, L words of a query, D joint dimension.
+"""
+
+import numpy as np
+import pytest
+import reference
+import reference_cap4video as loops
+import tiny
+import torch
+
+from narvid import InputError, clip
+from narvid.baselines.cap4video import Cap4Video, Queries, Videos, item_weights, word_token_interaction
+
+B, V, K, T, L = 5, 4, 3, 4, 6
+
+
+FLAGS = {"titles": None, "max_titles": T, "title_weight": 0.27, "temporal_layers": 2, "dropout": 0.0}
+
+
+def build(stage="video", *, dim=64, seed=0):
+    """A model over tiny towers in float64, every weight of it random and none 0."""
+    config = clip.ClipConfig(**tiny.CLIP | {"embed_dim": dim}, quick_gelu=True)
+    torch.manual_seed(seed)
+    model = Cap4Video(clip.build_towers(config), config, stage=stage, **FLAGS).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("clip."):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def arrays(model):
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def masks(*lengths, size):
+    return torch.arange(size) < torch.tensor(lengths)[:, None]
+
+
+def batch(seed=0):
+    """Arguments of `forward` for B queries and V videos: padding everywhere, one video without a title, B != V."""
+    rng = np.random.default_rng(seed)
+    word_mask = masks(6, 4, 2, 5, 3, size=L)
+    tokens = torch.tensor(rng.integers(1, 49405, (B, L))) * word_mask
+    tokens[range(B), word_mask.sum(1) - 1] = 49407
+    titles = torch.tensor(rng.integers(1, 49405, (7, 5)))
+    titles[:, -1] = 49407
+    return {"tokens": tokens, "word_mask": word_mask,
+            "frames": torch.tensor(rng.integers(0, 256, (V, K, 3, tiny.SIDE, tiny.SIDE)), dtype=torch.uint8),
+            "mask": masks(3, 1, 2, 3, size=K), "titles": titles,
+            "title_of_slot": torch.tensor(rng.integers(0, 7, (V, T))), "title_mask": masks(4, 2, 0, 1, size=T)}
+
+
+def encode(model, x):
+    with torch.no_grad():
+        return (model.encode_queries(x["tokens"], x["word_mask"]),
+                model.encode_videos(*(x[name] for name in ("frames", "mask", "titles", "title_of_slot", "title_mask"))))
+
+
+def scores(model, x, **options):
+    return model.score(*encode(model, x), **options)
+
+
+def second_stage(seed=0):
+    """A model of stage titles as the trainer sets it up: a stage video behind it, towers frozen."""
+    model = build("titles", seed=seed)
+    model.video_is_trained.fill_(True)
+    model.clip.requires_grad_(False)
+    model.clip.logit_scale.requires_grad_(True)
+    return model
+
+
+# ------------------------------------------------------------------------------------------ the maths, against loops
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_frames_ask_the_titles_and_pass_the_temporal_encoder(dim):
+    model, rng = build(dim=dim).eval(), np.random.default_rng(1)
+    frames, titles = rng.normal(size=(V, K, dim)), rng.normal(size=(V, T, dim))
+    x = batch()
+    with torch.no_grad():
+        got = model.enhance(torch.tensor(frames), torch.tensor(titles), x["mask"], x["title_mask"]).numpy()
+    for v in range(V):
+        real = x["mask"][v].numpy()
+        want = loops.enhance(arrays(model), frames[v], titles[v], real, x["title_mask"][v].numpy())
+        np.testing.assert_allclose(got[v][real], want[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])  # torch takes other kernels in evaluation
+@pytest.mark.parametrize("dim", [64, 128])
+def test_titles_are_pooled_as_described(dim, training):
+    model, x = build("titles", dim=dim).train(training), batch()
+    titles = np.random.default_rng(2).normal(size=(V, T, dim))
+    with torch.set_grad_enabled(training):
+        got = model.titles.pool(torch.tensor(titles), x["title_mask"]).detach().numpy()
+    want = [loops.pool_titles(arrays(model), titles[v], x["title_mask"][v].numpy()) for v in range(V)]
+    np.testing.assert_allclose(got, np.array(want), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["word_weight_mlp", "frame_weight_mlp"])
+def test_words_and_frames_are_weighted_without_a_temperature(name):
+    model, items = build(), np.random.default_rng(3).normal(size=(B, L, 64))
+    mask = masks(6, 1, 3, 2, 5, size=L)
+    got = item_weights(getattr(model, name), torch.tensor(items), mask).detach().numpy()
+    want = [loops.item_weights(arrays(model), name, items[i], mask[i].numpy()) for i in range(B)]
+    np.testing.assert_allclose(got, np.array(want), rtol=1e-9, atol=1e-12)
+
+
+def random_features(seed=0, dim=8, queries=B, videos=V):
+    rng = np.random.default_rng(seed)
+    mask = torch.tensor(rng.integers(0, K, (videos, 1)) >= np.arange(K))
+    word_mask = torch.tensor(rng.integers(1, L, (queries, 1)) >= np.arange(L))
+
+    def draw(*shape):
+        return torch.tensor(rng.normal(size=shape))
+
+    def weights(mask):
+        return draw(*mask.shape).exp() * mask / mask.sum(1, keepdim=True)
+
+    return (Queries(draw(queries, L, dim), word_mask, weights(word_mask), draw(queries, dim)),
+            Videos(draw(videos, K, dim), mask, weights(mask), draw(videos, dim)))
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 3, 100])
+def test_word_token_interaction_in_any_tiles(block):
+    queries, videos = random_features()
+    videos.mask[1], videos.frame_weights[1] = False, 0  # a video without one real frame
+    got = word_token_interaction(queries, videos, block=block)
+    want = [[loops.word_token_interaction(*(x[b].numpy() for x in queries[:3]), *(x[v].numpy() for x in videos[:3]))
+             for v in range(V)] for b in range(B)]
+    np.testing.assert_allclose(got.numpy(), np.array(want), rtol=1e-9, atol=1e-12)
+
+
+def test_masked_items_do_not_compete_with_zero():
+    """All cosines below 0: the release's zeros would win, ours is the best real one."""
+    words, frames = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[-1.0, 0.1], [9.0, 9.0]]])
+    one = torch.tensor([[1.0, 0.0]])
+    score = word_token_interaction(Queries(words, one.bool(), one, None), Videos(frames, one.bool(), one, None))
+    assert score.item() == pytest.approx(reference.cosine([1, 0], [-1, 0.1]))
+
+
+def test_the_title_branch_has_its_own_end_of_clips_text_tower():
+    model, x = build("titles"), batch()
+    state = {name.removeprefix("clip."): value for name, value in arrays(model).items() if name.startswith("clip.")}
+    state |= {name: arrays(model)[f"titles.clip.{name}"] for name in (
+        "ln_final.weight", "ln_final.bias", "text_projection")}
+    with torch.no_grad():
+        got = model.titles.encode(model.clip, x["titles"]).numpy()
+    want = [reference.clip_text(state, row)[0] for row in x["titles"].numpy()]
+    np.testing.assert_allclose(got, np.array(want), rtol=1e-9, atol=1e-9)
+    own, _ = clip.encode_text(model.clip, x["titles"], words=False)
+    assert not np.allclose(own.detach().numpy(), got, atol=1e-3)
+
+
+def test_scores_of_both_branches_and_their_sum():
+    model, x = build("titles").eval(), batch()
+    queries, videos = encode(model, x)
+    got = model.score(queries, videos)
+    assert list(got) == list(model.views) == ["video", "titles"]
+    assert all(s.shape == (B, V) for s in got.values())
+    want = np.array([[loops.title_score(queries.eos[b].numpy(), videos.titles[v].numpy()) for v in range(V)]
+                     for b in range(B)])
+    np.testing.assert_allclose(got["titles"].numpy(), want, rtol=1e-9, atol=1e-12)
+    assert (want[:, 2] == 0).all() and (want[:, 0] != 0).all()  # video 2 has no title
+    table = dict(model.combine(got, 0.5))
+    assert list(table) == ["S_qv", "S_titles", "S_weighted"]
+    np.testing.assert_allclose(table["S_weighted"], loops.fuse(got["video"].numpy(), want, 0.27), rtol=1e-9)
+    assert list(dict(model.combine({"video": got["video"]}, 0.5))) == ["S_qv"]
+
+
+def test_the_loss_is_symmetric_cross_entropy_on_the_scaled_cosines():
+    model, s = build(), np.random.default_rng(5).uniform(-1, 1, (V, V))
+    got = model.loss({"video": torch.tensor(s)}, torch.tensor(20.0), None)
+    assert list(got) == ["nce_video"]
+    assert got["nce_video"].item() == pytest.approx(reference.nce(s, 20.0))
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+
+def test_padding_and_the_order_of_videos_change_nothing():
+    model, x = build("titles").eval(), batch()
+    want = scores(model, x)
+    more = {"tokens": 0, "word_mask": False, "frames": 77, "mask": False, "title_of_slot": 3, "title_mask": False}
+    padded = x | {name: torch.cat([x[name], torch.full_like(x[name][:, :1], value)], dim=1)
+                  for name, value in more.items()}
+    model.titles.positions = torch.nn.Parameter(torch.cat([model.titles.positions, torch.randn(1, 64).double()]))
+    order = torch.tensor([2, 0, 3, 1])
+    moved = x | {name: x[name][order] for name in ("frames", "mask", "title_of_slot", "title_mask")}
+    for view in model.views:
+        torch.testing.assert_close(scores(model, padded)[view], want[view])
+        torch.testing.assert_close(scores(model, moved)[view], want[view][:, order])
+
+
+def test_a_pairs_score_depends_on_this_pair_alone():
+    """So no score can know which pair is right."""
+    model = build("titles")
+    queries, videos = random_features()
+    whole = model.score(queries, videos)
+    some = model.score(Queries(*(x[[3, 1]] for x in queries)), Videos(*(x[[2, 0, 1]] for x in videos)))
+    for view in model.views:
+        torch.testing.assert_close(some[view], whole[view][[3, 1]][:, [2, 0, 1]])
+
+
+def test_random_features_are_found_by_chance_only():
+    model, hits, seeds = build("titles"), {"video": 0, "titles": 0}, 40
+    for seed in range(seeds):
+        for view, s in model.score(*random_features(seed, queries=20, videos=10)).items():
+            hits[view] += (s.argmax(dim=1) == torch.arange(20) % 10).sum().item()
+    for view, count in hits.items():  # binomial: 800 draws at 1 / 10, five standard deviations
+        assert abs(count / (20 * seeds) - 0.1) < 5 * (0.09 / 800) ** 0.5, view
+
+
+# -------------------------------------------------------------------------------------------------------- two stages
+
+
+def train_step(model, x, optimizer=None):
+    """Loss of V pairs (of the B queries the first V), its gradients, a step where an optimiser is given."""
+    queries, videos, scale = model(x["tokens"][:V], x["word_mask"][:V], *(x[name] for name in (
+        "frames", "mask", "titles", "title_of_slot", "title_mask")))
+    parts = model.loss(model.score(queries, videos), scale, None)
+    sum(parts.values()).backward()
+    if optimizer:
+        optimizer.step()
+    return parts
+
+
+@pytest.mark.parametrize("stage", ["video", "titles"])
+def test_every_parameter_that_is_trained_gets_a_gradient(stage):
+    model = build() if stage == "video" else second_stage()
+    parts = train_step(model, batch())
+    assert list(parts) == [f"nce_{stage}"]
+    dead = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    # A key's bias and the last bias before a softmax shift every logit alike: their gradient is 0 but for rounding.
+    assert dead <= {"co_attention.key.bias", "word_weight_mlp.2.bias", "frame_weight_mlp.2.bias"}, dead
+    branch = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("clip.")]
+    assert branch and all(name.startswith("titles.") == (stage == "titles") for name in branch)
+
+
+def test_stage_titles_leaves_the_video_branch_as_it_is():
+    model, x = second_stage(), batch()
+    before = scores(model.eval(), x)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train_step(model.train(), x, optimizer)
+    after = scores(model.eval(), x)
+    assert torch.equal(before["video"], after["video"])
+    assert (before["titles"] - after["titles"]).abs().max() > 1e-4
+
+
+def test_stage_video_leaves_to_the_title_branch_what_clip_came_with():
+    config = clip.ClipConfig(**tiny.CLIP)
+    towers = clip.build_towers(config)
+    start = towers.text_projection.detach().clone()
+    model = Cap4Video(towers, config, stage="video", **FLAGS)
+    assert not model.video_is_trained and model.views == ("video",)
+    train_step(model, batch(), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    assert model.video_is_trained and not torch.equal(towers.text_projection, start)
+    assert torch.equal(model.titles.clip.text_projection, start)
+    second = Cap4Video(clip.build_towers(config), config, stage="titles", **FLAGS)
+    clip.load_weights(second, model.state_dict(), source="best.pt")  # one checkpoint serves both stages
+    assert second.video_is_trained and torch.equal(second.titles.clip.text_projection, start)
+
+
+def test_stage_titles_without_its_first_stage_is_refused():
+    model = second_stage()
+    model.clip.text_projection.requires_grad_(True)
+    with pytest.raises(InputError, match="add --freeze_towers"):
+        train_step(model, batch())
+    model.video_is_trained.fill_(False)
+    with pytest.raises(InputError, match="name its best.pt with --checkpoint"):
+        train_step(model, batch())
