@@ -26,7 +26,7 @@ from narvid.baselines.clip4clip import CLIP4Clip
 from narvid.baselines.internvideo import InternVideo
 from narvid.baselines.zeroshot import ZeroShot
 from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
-from narvid.evaluation import (Encoding, combine, encode_videos, score_queries, selection_score, show,
+from narvid.evaluation import (Encoding, combine, encode_videos, frames_kept, score_queries, selection_score, show,
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.frames import load_frame_index
@@ -394,6 +394,9 @@ def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunD
         ranks = {name: text_to_video_ranks(s.numpy(), split.video_of_query) for name, s in truth[1](scores)}
         run.save_csv("ranks.csv", {"video": [split.videos[v] for v in split.video_of_query], "query": split.queries,
                                    **ranks})
+    if final and "QAF" in getattr(args, "modules", ()):
+        options = {name: value for name, value in matching(args).items() if name != "fine"}
+        result["frames_kept"] = frames_kept(model, split.queries, videos, encoding, world, **options)
     if final and args.dsl_scale:
         result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
     if final and args.qb_norm_queries:

@@ -2,7 +2,7 @@
 
 The same functions as in training do the scoring; the work is shared among ranks. No flags, no files here.
 
-Legend: B queries, V videos.
+Legend: B queries, V videos, K frames, D joint dimension.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +21,8 @@ from . import InputError, fusion
 from .datasets import FrameDataset, Split, collate, make_loader, tokenize
 from .distributed import World, collect, share
 from .metrics import retrieval_metrics
+from .model import Videos
+from .similarity import filter_weights
 
 
 class Encoding(NamedTuple):
@@ -79,6 +82,28 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
     return {view: s.cpu() for view, s in whole.items()} if world.rank == 0 else {}
 
 
+@torch.no_grad()
+def frames_kept(model, queries: list[str], videos: Videos, encoding: Encoding, world: World,
+                **filter_options) -> dict[str, float]:
+    """Table 4's numbers in parentheses: how many frames, and sentences, the filter keeps of a video, mean over pairs.
+
+    Of at most 1,000 queries, evenly taken, with every video. filter_options: those of similarity.filter_weights.
+    """
+    queries = queries[::-(-len(queries) // 1000)]
+    views = {"video": (F.normalize(videos.frames.double(), dim=-1), videos.mask)}
+    if videos.narration is not None:
+        views["narration"] = (F.normalize(videos.narration.double(), dim=-1), videos.narration_mask)
+    kept = dict.fromkeys(views, 0)
+    for start in range(0, len(queries), encoding.batch_size):
+        tokens, word_mask = tokenize(queries[start:start + encoding.batch_size], encoding.max_words)
+        with encoding.autocast():
+            eos = model.encode_queries(tokens.to(world.device), word_mask.to(world.device)).eos
+        for view, (features, mask) in views.items():
+            cosine = torch.einsum("bd,vkd->bvk", F.normalize(eos.double(), dim=-1), features)
+            kept[view] += int((filter_weights(cosine, mask, **filter_options) > 0).sum())
+    return {view: count / (len(queries) * len(videos.mask)) for view, count in kept.items()}
+
+
 def combine(scores: dict[str, Tensor], weight: float,
             statistics: fusion.Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
     """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view.
@@ -130,10 +155,11 @@ def format_table(metrics: dict[str, dict], title: str) -> str:
     directions = [d for d in ("text_to_video", "video_to_text") if d in next(iter(metrics.values()))]
     head = " | ".join(f"{d.replace('_', '-'):^34}" for d in directions)
     names = " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)
-    lines = [title, f"{'':9}| {head}", f"{'':9}| {names}"]
+    width = max(9, *(len(name) + 1 for name in metrics))
+    lines = [title, f"{'':{width}}| {head}", f"{'':{width}}| {names}"]
     for name, result in metrics.items():
         cells = ["".join(f"{result[d][c]:7.1f}" for c in columns)[1:] for d in directions]
-        lines.append(f"{name:9}| " + " | ".join(cells))
+        lines.append(f"{name:{width}}| " + " | ".join(cells))
     return "\n".join(lines)
 
 
@@ -145,6 +171,9 @@ def show(result: dict) -> str:
         what += f"; {result['videos_without_narration']} more have no narration"
     if result["videos_missing"]:
         what += f"; {result['videos_missing']} videos of the corpus (all splits) were missing when it was prepared"
+    if "frames_kept" in result:
+        what += "; the filter keeps a mean of " + ", ".join(
+            f"{mean:.2f} ({view})" for view, mean in result["frames_kept"].items())
     titles = {"metrics": what, "dsl": "after DSL", "qb_norm": "after QB-Norm"}
     return "\n\n".join(format_table(result[key], title) for key, title in titles.items() if key in result)
 

@@ -1,22 +1,21 @@
-"""The narration file: timestamped sentences of each video, their join with frames, the validator, published formats.
+"""The narration file: timestamped sentences of each video, and their join with frames.
 
 A narration is what a captioner wrote about the extracted frames of one video: one sentence a frame, in chronological
 order (Sec. 3.1), each with the time of its frame in seconds. Sentences meet frames by that time, never by position.
 No pixel is touched here (`frames.py`), no sentence is made (`captioners.py`) and none is tokenized (`clip.py`).
+What published files hold is in `published_narrations.py`, what is wrong with a file in `check_narrations.py`.
 
     {"video": "video7", "captioner": "llava-1.5-7b", "prompt": "...", "sentences": [{"time": 0.0, "text": "..."}, ...]}
 
-Check a file against the extracted frames, and turn a published one into the form above:
-    python -m narvid.narrations narrations.json --frames data/msrvtt/frames --out data/msrvtt/narrations.jsonl
+Check a file, ours or a published one, against the extracted frames; turn a published one into the form above:
+    python -m narvid.narrations check narrations.jsonl --frames data/msrvtt/frames
+    python -m narvid.narrations convert published.json --frames data/msrvtt/frames --out data/msrvtt/narrations.jsonl
 """
 
-import argparse
 import json
 import math
 import os
-import sys
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +23,8 @@ from statistics import median
 from typing import NamedTuple
 
 from narvid import InputError
-from narvid.frames import load_frame_index, pick_frames
+from narvid.published_narrations import CAPTIONER, assign, form_of, parse_published, read_text
 
-PUBLISHED = "unknown (published file)"  # captioner of a published file: the format does not name it
 LONE_FRAME_TOLERANCE = 0.25  # seconds, where a video has one frame and hence no spacing
 RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates
 
@@ -40,66 +38,36 @@ class Narration(NamedTuple):
     sentences: list[str]
 
 
-PROBLEMS = {
-    "missing": "frames, no narration",
-    "empty": "a narration without a single word",
-    "misaligned": "frames and sentences disagree about time",
-    "holes": "some frames without a sentence; training masks them",
-    "unused": "a narration, no frames",
-}
-
-
-class Report(NamedTuple):
-    """What `validate` found; `problems`: kind (a key of PROBLEMS) -> video -> what is wrong with it."""
-
-    narrations: int
-    frames: int
-    captioners: dict[str, int]
-    problems: dict[str, dict[str, str]]
-    mean_words: float
-    framed_share: float
-    repeated_share: float
-
-
 # ---- reading ----
 
 
 def load_narrations(path: str | Path, frame_times: Mapping[str, Sequence[float]] | None = None) -> dict[str, Narration]:
-    """Read a narration file, ours (JSON lines) or the published list of {"video_file", "caption_1", "caption_2", ...}.
+    """Read a narration file, ours (JSON lines) or the release's list of {"video_file", "caption_1", "caption_2", ...}.
 
     frame_times: video -> times (s) of all its extracted frames; needed for the published form only, which has no times.
     There m captions belong to all n frames (m == n) or to the m frames a release picks of n (m < n); videos without
     extracted frames are left out, since nothing can date their captions.
-    Raises InputError with file and line for anything malformed, a video narrated twice, m > n.
+    Raises InputError with file and line for anything malformed, a video narrated twice, m > n, Cap4Video's titles.
     """
-    text = _read(path)
-    if not text.lstrip().startswith("["):
-        return _parse_lines(path, text)
-    if frame_times is None:
+    text = read_text(path)
+    form = form_of(text)
+    if form == "ours":
+        return parse_lines(path, text)
+    captions_of = parse_published(path, text, form, frame_times or ())
+    if form == "titles" or frame_times is None:
+        reason = "titles tell of whole videos, not of frames" if form == "titles" else "the published form has no times"
         raise InputError(
-            f"{path}: the published form has no times; convert it first with "
-            f"`python -m narvid.narrations {path} --frames DIR --out narrations.jsonl`"
+            f"{path}: {reason}; convert it first with "
+            f"`python -m narvid.narrations convert {path} --frames DIR --out narrations.jsonl`"
         )
-    narrations, misaligned = _date(_parse_published(path, text, frame_times), frame_times)
+    narrations, misaligned = date_published(form, captions_of, frame_times)
     for video, reason in misaligned.items():
         raise InputError(f"{path}: {video}: {reason}")
     return narrations
 
 
-def _read(path: str | Path) -> str:
-    """The file's text; a file that starts with "[" is in the published form."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the narration file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a UTF-8 text file; give the narration file itself, unpacked") from None
-    if not text.strip():
-        raise InputError(f"{path}: the narration file is empty")
-    return text
-
-
-def _parse_lines(path: str | Path, text: str) -> dict[str, Narration]:
+def parse_lines(path: str | Path, text: str) -> dict[str, Narration]:
+    """The text of a file in our form -> narrations; `path` is for messages. InputError names the malformed line."""
     narrations, line_of = {}, {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -142,44 +110,21 @@ def _parse(line: str) -> tuple[str, Narration]:
     return video, Narration(entry["captioner"], entry["prompt"], times, sentences)
 
 
-def _parse_published(path: str | Path, text: str, frame_times: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
-    """video -> captions, in order. `video_file` loses its extension where only the bare name has frames."""
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: malformed JSON ({error.msg}); is the file complete?") from None
-    captions_of, entry_of = {}, {}
-    for number, entry in enumerate(entries, start=1):
-        where = f"{path}: entry {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("video_file"), str) or not entry["video_file"]:
-            raise InputError(f'{where}: "video_file" is missing or not a text')
-        name = entry["video_file"]
-        video = next((known for known in (name, os.path.splitext(name)[0]) if known in frame_times), name)
-        if video in captions_of:
-            raise InputError(f"{where}: {video} is narrated twice (first in entry {entry_of[video]}); keep one")
-        keys = [f"caption_{k}" for k in range(1, 1 + sum(key.startswith("caption_") for key in entry))]
-        for key in keys:
-            if not isinstance(entry.get(key), str):
-                raise InputError(f"{where}: {video}: {key} is missing or no text; number captions from 1, no gaps")
-        captions_of[video], entry_of[video] = [entry[key] for key in keys], number
-    return captions_of
-
-
-def _date(
-    captions_of: Mapping[str, list[str]], frame_times: Mapping[str, Sequence[float]]
+def date_published(
+    form: str, captions_of: Mapping[str, list[str]], frame_times: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, Narration], dict[str, str]]:
-    """Give published captions the times of their frames -> (narrations, video -> why it has none)."""
+    """Give published captions the times of their frames -> (narrations, video -> why it has none).
+
+    form: "release" or "titles". Videos without extracted frames are left out.
+    """
     narrations, misaligned = {}, {}
     for video, captions in captions_of.items():
         if video not in frame_times:
             continue
-        m, n = len(captions), len(frame_times[video])
-        if m > n:
-            misaligned[video] = f"{m} captions for {n} extracted frames; extract frames at the rate they were made from"
-            continue
-        # The release sub-samples frames and never captions, so fewer captions than frames are those of the picked ones.
-        times = [float(frame_times[video][index]) for index in pick_frames(n, m)] if m else []
-        narrations[video] = Narration(PUBLISHED, "", times, captions)
+        try:
+            narrations[video] = Narration(CAPTIONER[form], "", *assign(form, captions, frame_times[video]))
+        except InputError as error:
+            misaligned[video] = str(error)
     return narrations, misaligned
 
 
@@ -254,97 +199,7 @@ def write_narrations(path: str | Path, items: Iterable[tuple[str, Narration]]) -
     os.replace(temporary, path)
 
 
-# ---- validating ----
-
-
-def validate(
-    path: str | Path, frame_times: Mapping[str, Sequence[float]], *, max_frames: int | None = None
-) -> tuple[Report, dict[str, Narration]]:
-    """Compare a narration file of either form with the extracted frames -> (report, narrations that could be dated).
-
-    frame_times: video -> times (s) of all its extracted frames. max_frames: check the frames that training picks.
-    Raises InputError only where the file itself is malformed; all else is named in the report.
-    """
-    text = _read(path)
-    if text.lstrip().startswith("["):
-        narrated = _parse_published(path, text, frame_times)
-        narrations, misaligned = _date(narrated, frame_times)
-    else:
-        narrated = narrations = _parse_lines(path, text)
-        misaligned = {}
-    missing = {video: f"{len(times)} frames" for video, times in frame_times.items() if video not in narrated}
-    unused = {video: "not in the frame index" for video in narrated if video not in frame_times}
-    empty, holes, frames, framed = {}, {}, 0, 0
-    for video, all_times in frame_times.items():
-        times = all_times if max_frames is None else [all_times[i] for i in pick_frames(len(all_times), max_frames)]
-        frames += len(times)
-        if video not in narrations:
-            continue
-        try:
-            sentences = join(narrations[video], times, all_times, video=video, path=path)
-        except InputError as error:
-            misaligned[video] = str(error).removeprefix(f"{path}: {video}: ")
-            continue
-        blank = sentences.count(None)
-        framed += len(sentences) - blank
-        if blank:
-            kind = holes if "".join(narrations[video].sentences).strip() else empty
-            kind[video] = f"{blank} of {len(sentences)} frames"
-    problems = {"missing": missing, "empty": empty, "misaligned": misaligned, "holes": holes, "unused": unused}
-    captioners = Counter(narration.captioner for narration in narrations.values())
-    mean_words, repeated_share = _language(narrations)
-    report = Report(len(narrated), frames, captioners, problems, mean_words, framed / max(frames, 1), repeated_share)
-    return report, narrations
-
-
-def _language(narrations: Mapping[str, Narration]) -> tuple[float, float]:
-    """Mean words a sentence, and the share of sentences that repeat the one before; blank sentences do not count."""
-    words = sentences = pairs = repeated = 0
-    for narration in narrations.values():
-        texts = [" ".join(text.split()) for text in narration.sentences if text.strip()]
-        words += sum(text.count(" ") + 1 for text in texts)
-        sentences += len(texts)
-        pairs += max(len(texts) - 1, 0)
-        repeated += sum(earlier == later for earlier, later in pairwise(texts))
-    return words / max(sentences, 1), repeated / max(pairs, 1)
-
-
-def print_report(path: str | Path, report: Report) -> None:
-    """One screen: counts, the first videos of each kind, what the sentences look like."""
-    captioners = ", ".join(f"{name} ({count})" for name, count in report.captioners.items()) or "none"
-    print(f"{path}: {report.narrations} narrations; captioner: {captioners}")
-    print(f"{report.framed_share:10.2%}  of {report.frames} frames have a sentence")
-    print(f"{report.mean_words:10.2f}  words a sentence")
-    print(f"{report.repeated_share:10.2%}  of the sentences equal the one before")
-    for kind, meaning in PROBLEMS.items():
-        found = report.problems[kind]
-        print(f"{len(found):10}  {kind}: {meaning}")
-        for video in list(found)[:3]:
-            print(f"{'':14}{video}: {found[video]}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the report; exit 1 where a video has no narration, an empty one or a misaligned one."""
-    parser = argparse.ArgumentParser(prog="python -m narvid.narrations", allow_abbrev=False)
-    parser.add_argument("file", help="narration file, ours or a published one")
-    parser.add_argument("--frames", required=True, help="folder of extracted frames, with its index")
-    parser.add_argument("--max_frames", type=int, help="check the frames that training picks (default: all)")
-    parser.add_argument("--out", help="write the narrations there in our form (JSON lines)")
-    args = parser.parse_args(argv)
-    try:
-        if args.max_frames is not None and args.max_frames < 1:
-            raise InputError(f"--max_frames {args.max_frames}: at least one frame is needed")
-        report, narrations = validate(args.file, load_frame_index(args.frames), max_frames=args.max_frames)
-        print_report(args.file, report)
-        if args.out:
-            if misaligned := report.problems["misaligned"]:
-                raise InputError(f"{args.out} is not written: {len(misaligned)} narrations are misaligned, see above")
-            write_narrations(args.out, narrations.items())
-            print(f"wrote {len(narrations)} narrations to {args.out}")
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(any(report.problems[kind] for kind in ("missing", "empty", "misaligned")))
-
-
 if __name__ == "__main__":
+    from narvid.check_narrations import main
+
     main()

@@ -123,13 +123,13 @@ def check_frames(frames_dir: Path, videos: set[str]) -> tuple[Finding, dict[str,
 
 
 def check_narrations(path: Path, frames_dir: Path, times: Mapping[str, Sequence[float]], videos: set[str]) -> Finding:
-    """Whether each video has a sentence. Whether sentences fit their frames: python -m narvid.narrations."""
+    """Whether each video has a sentence. Whether sentences fit their frames: python -m narvid.narrations check."""
     if not path.is_file():
         return Finding("narrations", f"no {path}", "get or make a narration file (data/README.md, Narrations)")
     try:
         narrations = load_narrations(path, times)
     except InputError as error:
-        return Finding("narrations", str(error), f"python -m narvid.narrations {path} --frames {frames_dir}")
+        return Finding("narrations", str(error), f"python -m narvid.narrations check {path} --frames {frames_dir}")
     told = {video for video in videos if video in narrations and any(s.strip() for s in narrations[video].sentences)}
     captioners = sorted({narrations[video].captioner for video in told})
     found = f"{len(told):,} of {len(videos):,} videos in {path}{_some(videos - told)}"

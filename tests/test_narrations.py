@@ -1,13 +1,14 @@
-"""narvid/narrations.py: reading both forms, the join by time, the validator, the command line, every refusal."""
+"""narvid/narrations.py, narvid/published_narrations.py: reading every form, the join by time, every refusal."""
 
 import json
 import time
 
 import pytest
 
-from narvid import InputError, narrations
+from narvid import InputError
 from narvid.frames import pick_frames
-from narvid.narrations import Narration, join, load_narrations, validate, write_narrations
+from narvid.narrations import Narration, join, load_narrations, write_narrations
+from narvid.published_narrations import assign, read_titles
 
 SECONDS = [float(t) for t in range(12)]  # 12 frames at 1 fps
 
@@ -255,103 +256,70 @@ def test_a_release_of_ten_thousand_videos_loads_in_seconds(tmp_path):
     assert len(loaded) == 10_000 and len(loaded["video20"].times) == 32
 
 
-# ---- validating ----
+# ---- Cap4Video's titles ----
 
-FRAMES = {f"video{k}": SECONDS for k in range(6)}
-
-
-@pytest.fixture
-def faulty(tmp_path):
-    """video0 and video1 good, video2 absent, video3 without words, video4 at another rate, video5 with a hole."""
-    items = {
-        "video0": narrate(SECONDS),
-        "video1": narrate(SECONDS, "always the same"),
-        "video3": narrate(SECONDS, " "),
-        "video4": narrate([1.5 * k for k in range(8)]),
-        "video5": narrate(SECONDS[1:]),
-        "video9": narrate(SECONDS),
-    }
-    write_narrations(tmp_path / "n.jsonl", items.items())
-    return tmp_path / "n.jsonl"
-
-
-def test_the_validator_names_each_problem(faulty):
-    report, loaded = validate(faulty, FRAMES)
-    assert {kind: list(found) for kind, found in report.problems.items()} == {
-        "missing": ["video2"],
-        "empty": ["video3"],
-        "misaligned": ["video4"],
-        "holes": ["video5"],
-        "unused": ["video9"],
-    }
-    assert report.problems["misaligned"]["video4"].startswith("narration of another frame rate")
-    assert report.problems["holes"]["video5"] == "1 of 12 frames"
-    assert (report.narrations, report.frames, report.captioners) == (6, 72, {"captioner": 6})
-    assert report.framed_share == pytest.approx((12 + 12 + 11) / 72)
-    assert report.mean_words == pytest.approx((12 * 2 + 12 * 3 + 8 * 2 + 11 * 2 + 12 * 2) / 55)
-    assert report.repeated_share == pytest.approx(11 / (11 + 11 + 7 + 10 + 11))
-    assert len(loaded) == 6
+TITLES = {"video1": ["best", "next"], "video2": ["one"], "video3": []}
+# The forms, told from the keys that Cap4Video's data loaders read.
+OF_CORPUS = {
+    "MSR-VTT, train": {
+        "videos": [{"video_id": "video1"}],
+        "sentences": [{"video_id": "video1", "caption": "a query"}],
+        "title": {"video1": "best"},
+        "titles": {"video1": ["best", "next"], "video2": "one", "video3": None},
+    },
+    "MSR-VTT, test": {
+        "video1": {"gt": "a query", "titles": ["best", "next"]},
+        "video2": {"gt": "a query", "titles": "one"},
+        "video3": {"gt": "a query", "titles": None},
+    },
+    "others, train": {
+        "video1": {"max1": "best", "captions": ["best", "next"]},
+        "video2": {"max1": "one", "captions": ["one"]},
+        "video3": {"max1": "", "captions": []},
+    },
+    "others, test": {"video1": ["best", "next"], "video2": "one", "video3": []},
+}
 
 
-def test_the_validator_reads_the_published_form_and_the_frames_training_picks(tmp_path):
-    times = {"long": [float(t) for t in range(78)], "short": [0.0, 1.0], "over": [0.0]}
-    captions = {"long": [f"c{k}" for k in range(32)], "short": ["a", "b"], "over": ["a", "b"]}
-    path = write(tmp_path / "n.json", [published(video, texts) for video, texts in captions.items()])
-    report, loaded = validate(path, times, max_frames=32)
-    assert list(report.problems["misaligned"]) == ["over"] and not report.problems["missing"]
-    assert list(loaded) == ["long", "short"] and report.framed_share == 34 / 35
-    report, _ = validate(path, times)  # all 78 frames: 32 sentences are too few
-    assert sorted(report.problems["misaligned"]) == ["long", "over"]
-
-
-def run(path, frames, tmp_path, *flags):
-    """Exit code of the command line, 0 to 2, or its error message."""
-    folder = tmp_path / "frames"
-    folder.mkdir(exist_ok=True)
-    lines = [
-        json.dumps({"video": video, "times": times, "sampling": "1 fps", "source": "x"})
-        for video, times in frames.items()
-    ]
-    (folder / "index.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    with pytest.raises(SystemExit) as stopped:
-        narrations.main([str(path), "--frames", str(folder), *map(str, flags)])
-    return stopped.value.code
-
-
-def test_the_command_line_reports_on_one_screen_and_exits_1(faulty, tmp_path, capsys):
-    assert run(faulty, FRAMES, tmp_path) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24
-    for kind, video in (("missing", "video2"), ("empty", "video3"), ("misaligned", "video4"), ("holes", "video5")):
-        at = next(number for number, line in enumerate(lines) if kind in line)
-        assert lines[at].split()[0] == "1" and video in lines[at + 1]
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("corpus", OF_CORPUS)
+def test_titles_of_every_corpus_are_read(tmp_path, corpus, indent):
+    assert read_titles(write(tmp_path / "t.json", json.dumps(OF_CORPUS[corpus], indent=indent))) == TITLES
 
 
 @pytest.mark.parametrize(
-    ("videos", "code"), [(["video0", "video5"], 0), (["video2"], 1), (["video3"], 1), (["video4"], 1)]
+    ("content", "words"),
+    [
+        ('{\n"video1": ["a"\n', ["t.json:3", "malformed JSON"]),
+        ("{}", ["holds no video"]),
+        ({"videos": [], "sentences": [], "info": {}}, ['no "titles"']),
+        ({"titles": {}}, ['no "titles"']),
+        ({"video1": ["a"], "video2": {"gt": "a"}}, ["video2", '"titles"']),
+        ({"video1": ["a"], "video2": 7}, ["video2", "no list"]),
+        ({"video1": ["a", None]}, ["video1", "title 2"]),
+        ([published("video1", ["a"])], ["is a list", "one JSON object"]),
+        (json.dumps(GOOD), ['no "titles"', "nor narrations"]),
+        (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n", ["is a narration file", "one JSON object"]),
+        ('{"video1": ["a", "b', ["t.json:1", "malformed JSON", "complete"]),
+    ],
 )
-def test_holes_pass_but_missing_empty_and_misaligned_narrations_do_not(faulty, tmp_path, videos, code):
-    assert run(faulty, {video: SECONDS for video in videos}, tmp_path) == code
+def test_a_file_without_titles_is_refused(tmp_path, content, words):
+    with pytest.raises(InputError) as refused:
+        read_titles(write(tmp_path / "t.json", content))
+    for word in ["t.json", *words]:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_out_writes_the_published_form_as_ours(tmp_path, capsys):
-    times = {"video1": SECONDS, "video2": SECONDS[:3]}
-    path = write(tmp_path / "n.json", [published("video1.mp4", ["a"] * 12), published("video2", ["x", "", "z"])])
-    out = tmp_path / "converted.jsonl"
-    assert run(path, times, tmp_path, "--out", out) == 0
-    assert load_narrations(out) == load_narrations(path, times)
-    assert "wrote 2 narrations" in capsys.readouterr().out
+def test_titles_are_given_to_every_frame_best_first():
+    assert assign("titles", ["a", "b", "c"], SECONDS[:2]) == ([0.0, 1.0], ["a", "b"])
+    assert assign("titles", ["a", "b", "c"], SECONDS[:7]) == (SECONDS[:7], [*"abcabca"])
+    assert assign("titles", [], SECONDS) == ([], [])
 
 
-def test_out_is_not_written_from_a_misaligned_file(tmp_path):
-    path = write(tmp_path / "n.json", [published("video1", ["a", "b"])])
-    out = tmp_path / "converted.jsonl"
-    assert "not written: 1 narrations are misaligned" in run(path, {"video1": [0.0]}, tmp_path, "--out", out)
-    assert not out.exists()
-
-
-def test_the_command_line_turns_faults_into_one_sentence(tmp_path):
-    assert run(tmp_path / "nowhere", FRAMES, tmp_path).startswith("error: ")
-    path = write(tmp_path / "n.jsonl", "{")
-    assert "n.jsonl:1: malformed JSON" in run(path, FRAMES, tmp_path)
-    assert "--max_frames 0" in run(path, FRAMES, tmp_path, "--max_frames", 0)
+def test_titles_are_no_narration_until_they_are_converted(tmp_path):
+    path = write(tmp_path / "t.json", OF_CORPUS["others, test"])
+    with pytest.raises(InputError, match="whole videos, not of frames; convert it first"):
+        load_narrations(path, {"video1": SECONDS})
+    with pytest.raises(InputError, match='neither "titles" nor "captions"'):
+        load_narrations(write(path, {"video1": {"duration": 3}}), {"video1": SECONDS})

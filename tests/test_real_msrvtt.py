@@ -75,7 +75,7 @@ def test_real_clips_from_official_files_to_a_table(folder):
         assert len(times) == len(list((data / "frames" / video).glob("*.jpg"))) > 5 and times[:2] == [0.0, 1.0], video
 
     narrate(data)
-    printed = command("-m", "narvid.narrations", data / "narrations.jsonl", "--frames", data / "frames")
+    printed = command("-m", "narvid.narrations", "check", data / "narrations.jsonl", "--frames", data / "frames")
     assert f"{len(index)} narrations; captioner: people" in printed and "100.00%" in printed
 
     kept = [entry for i, entry in enumerate(train) if i % 20 < CAPTIONS]

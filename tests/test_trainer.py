@@ -99,6 +99,18 @@ def test_saved_matrices_give_the_reported_numbers(full_run):
             assert returned[name][direction] == pytest.approx(numbers)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_mean_number_of_frames_kept_stands_in_the_result(corpus, weights, tmp_path, k):
+    """Table 4's numbers in parentheses, where they are known: top-k keeps k of a video's n frames, or all n < k."""
+    trainer.main(tiny.flags(corpus, tmp_path / "run", "--eval_only", "--checkpoint", weights, "--filter", "topk",
+                            "--filter_k", k))
+    split = trainer.load_data(trainer.parse_args(tiny.flags(corpus, tmp_path / "none")), ALONE)["test"]
+    want = np.mean([min(len(picks), k) for picks in split.picks])
+    of_sentences = np.mean([min(sum(s is not None for s in told), k) for told in split.sentences])
+    kept = tiny.results(tmp_path / "run")[-1]["frames_kept"]
+    assert kept == pytest.approx({"video": want, "narration": of_sentences})
+
+
 def test_post_processed_results_stand_in_columns_of_their_own(full_run, corpus):
     _, run = full_run
     arrays, result = np.load(run / "similarity.npz"), tiny.results(run)[-1]
