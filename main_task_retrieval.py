@@ -226,14 +226,16 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         if args.method == "narvid":
             model = NarVid(towers, NarVidConfig(clip_config.embed_dim, tuple(args.modules), args.temporal_layers,
                                                 dropout=args.dropout, temperature=args.temperature))
-            if not stored and not model.heads.start_from_text_tower(towers):
-                print("the text tower is not as wide as the joint dimension: the temporal encoders start from random "
-                      "weights", file=sys.stderr)
+            if not stored:
+                model.heads.start_from_text_tower(towers)
         else:
             model = METHODS[args.method](towers, clip_config, **flags_of_method(args))
         if ours:
             clip.load_weights(model, stored["model"], source=args.checkpoint)
-        elif released:
+        elif not released and clip_config.embed_dim != towers.positional_embedding.shape[1]:
+            print("the text tower is not as wide as the joint dimension: what the method starts from its blocks starts "
+                  "from random weights", file=sys.stderr)
+        if released:
             model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, args.checkpoint)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -4,6 +4,8 @@ keys, from pixels and words to scores; then through the trainer.
 B queries, V videos, K frames, D joint dimension; masks True = real.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import reference
@@ -33,6 +35,7 @@ def build(head, linear_patch="2d", normalize_frames=True):
                      normalize_frames=normalize_frames)
 
 
+@functools.cache
 def released(head, linear_patch="2d"):
     """A random state dict with exactly the keys of a checkpoint of CLIP4Clip's own code."""
     rng = np.random.RandomState(0)
@@ -242,6 +245,14 @@ def test_a_video_without_one_real_frame_scores_nothing_and_breaks_nothing():
     for head in HEADS:
         model, _ = from_release(head)
         assert scores(model, FRAMES[:2], MASK[:2] & torch.tensor([[True], [False]])).isfinite().all()
+
+
+def test_dropout_is_tighttransfs_and_of_training_alone():
+    for head in HEADS:
+        model, _ = from_release(head)
+        assert torch.equal(scores(model), scores(model))
+        model.train()
+        assert torch.equal(scores(model), scores(model)) == (head != "tightTransf")
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes

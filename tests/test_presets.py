@@ -209,7 +209,7 @@ def known_flags():
     flags = {option for action in ACTIONS.values() for option in action.option_strings} | {"--help"}
     others = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "data").glob("*.py"), *(ROOT / "narvid").glob("**/*.py")]
     for path in others:
-        flags |= set(re.findall(r'add_argument\(\s*"(--[a-z_]+)"', path.read_text()))
+        flags |= set(re.findall(r'\badd(?:_argument)?\(\s*"(--[a-z_]+)"', path.read_text()))
     return flags
 
 

@@ -16,9 +16,9 @@ Departures from the release. Masks exclude: there, padded words and frames compe
 attended to and averaged without a mask. All ranks' pairs are negatives, with their whole gradient. In stage 2 the logit
 scale goes on from stage 1's, the embeddings stay frozen whatever --freeze_layers says, and the branch's projection is
 fp32 under --recipe reported too. The epoch of stage 2 is chosen by the weighted sum, there by the title score. The
-extra training pair that each video gets from its best title in stage 1 is made beforehand, by data/add_titles.py.
+extra training pair that each video gets from its best title in stage 1 is made beforehand, by narvid/titles.py.
 
-Not here: reading titles (datasets.py). In stage titles the loader still reads the frames, which evaluation needs.
+Not here: reading titles (titles.py). In stage titles the loader still reads the frames, which evaluation needs.
 
 Legend: B queries, V videos, K frames, L words of a query, D joint dimension; of titles: T slots a video, M tokens of
 one, U distinct ones in the batch. Masks are bool, True = real.
