@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from . import InputError
-from .frames import check_jpg, frame_path, pick_frames, read_frames
+from .frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from .narrations import Narration, join
 
 
@@ -36,10 +36,19 @@ class Split(NamedTuple):
     video_of_query: np.ndarray  # (B,) index into videos
     videos: list[str]  # V
     frames_dir: Path
-    picks: list[list[int]]  # V lists of at most K frame numbers
+    picks: list[list[int]]  # V lists of frame numbers: at most K, or all where every item draws its own K
     sentences: list[list[str | None]] | None  # V lists as long as picks; None: no sentence for this frame
     skipped: list[str]  # videos left out for want of a narration
     missing: int  # videos of the official split that the prepare script had to drop, in all splits together
+
+
+class Item(NamedTuple):
+    """One query with its video in training, one video in evaluation."""
+
+    item: int  # index of the query in training, of the video in evaluation
+    video: int  # index of the video
+    frames: Tensor  # (K_v, 3, H, W) uint8
+    places: list[int]  # K_v: where these frames stand in split.picks[video], and their sentences in split.sentences
 
 
 class Batch(NamedTuple):
@@ -63,12 +72,13 @@ class Batch(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[str, list[float]], *, max_frames: int,
-               narrations: Mapping[str, Narration] | None = None, narrations_path: str | Path = "",
-               missing_narration: str = "error") -> Split:
+def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[str, list[float]], *,
+               max_frames: int | None, narrations: Mapping[str, Narration] | None = None,
+               narrations_path: str | Path = "", missing_narration: str = "error") -> Split:
     """Read {"video", "query"} lines and pick at most `max_frames` frames a video, with the sentence of each.
 
-    frame_times: video -> time in s of every extracted frame. narrations None: the narration is not used.
+    max_frames None: all of them, for a FrameDataset that draws. frame_times: video -> time in s of every extracted
+    frame. narrations None: the narration is not used.
     missing_narration: "error" or "skip-video" for videos without a single sentence. InputError for everything amiss.
     """
     pairs = _read_pairs(Path(path))
@@ -81,12 +91,10 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
         if times is None:
             raise InputError(f"{path}, line {number}: video {video} has no frames in {frames_dir}; extract them "
                              "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
-        picked = pick_frames(len(times), max_frames)
-        told = None
+        picked = pick_frames(len(times), max_frames or len(times))
         if narrations is not None:
-            if video in narrations:
-                told = join(narrations[video], [times[i] for i in picked], times, video=video, path=narrations_path)
-            if told is None or not any(told):
+            told = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
+            if not any(told):
                 if missing_narration == "error":
                     raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); "
                                      "narrate it, or leave such videos out with --missing_narration skip-video")
@@ -101,6 +109,18 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
     return Split([query for _, query in pairs], np.array([index[video] for video, _ in pairs]), list(index),
                  Path(frames_dir), picks, sentences if narrations is not None else None, sorted(skipped),
                  _missing(Path(path).with_name("prepared.json")))
+
+
+def _join(narrations: Mapping[str, Narration], video: str, times: list[float], picked: list[int],
+          path: str | Path, *, every: bool) -> list[str | None]:
+    """The sentences of the picked frames, which are `every` frame or some; [] for a video without a narration."""
+    if video not in narrations:
+        return []
+    try:
+        return join(narrations[video], [times[i] for i in picked], times, video=video, path=path)
+    except InputError as error:
+        hint = "; --frame_sampling segments needs a sentence for every extracted frame, uniform for its picks alone"
+        raise InputError(f"{error}{hint if every else ''}") from error
 
 
 def read_queries(path: str | Path) -> list[str]:
@@ -139,10 +159,14 @@ def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
 
 def check_frames(split: Split, videos: range) -> None:
     """Look at the picked jpgs of some videos before training: InputError naming the first missing or not whole."""
-    paths = [frame_path(split.frames_dir, split.videos[v], i) for v in videos for i in split.picks[v]]
-    with ThreadPoolExecutor(16) as pool:
-        for _ in tqdm(pool.map(check_jpg, paths, chunksize=256), total=len(paths), desc="check frames", unit="frame",
-                      disable=len(paths) < 10_000, leave=False):
+
+    def check(v: int) -> None:
+        for path in frame_paths(split.frames_dir, split.videos[v], split.picks[v]):
+            check_jpg(path)
+
+    with ThreadPoolExecutor(8) as pool:  # for network file systems; a local disk would be as fast with one
+        for _ in tqdm(pool.map(check, videos), total=len(videos), desc="check frames", unit="video",
+                      disable=len(videos) < 1000, leave=False):
             pass
 
 
@@ -150,15 +174,24 @@ def check_frames(split: Split, videos: range) -> None:
 
 
 class FrameDataset(Dataset):
-    """Item i: the picked frames of video `video_of_item[i]`, (K_v, 3, size, size) uint8.
+    """Item i: the picked frames of video `video_of_item[i]`, resized to size x size.
 
     Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache`
     keeps decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
+
+    segments: of a split with all frames, take one at random out of each of this many equal segments (draw_frames). The
+    draw comes from (seed, epoch, item) alone, whatever worker or rank makes it; nothing else here is random.
     """
 
-    def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False):
+    def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False,
+                 segments: int | None = None, seed: int = 0):
         self.split, self.video_of_item, self.size = split, video_of_item, size
+        self.segments, self.seed = segments, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive an epoch and must see it
         self.cached = None
+        if cache and segments:
+            raise InputError("--cache_frames keeps the same frames for all epochs and --frame_sampling segments draws "
+                             "new ones: leave one of the two out")
         if cache:
             longest = max(map(len, split.picks))
             needed = len(split.videos) * longest * 3 * size**2
@@ -172,27 +205,36 @@ class FrameDataset(Dataset):
     def __len__(self) -> int:
         return len(self.video_of_item)
 
-    def __getitem__(self, i: int) -> tuple[int, int, Tensor]:
+    def __getitem__(self, i: int) -> Item:
         video = int(self.video_of_item[i])
         picks = self.split.picks[video]
+        places = self._draw(i, video) if self.segments else list(range(len(picks)))
         if self.cached is not None and self.filled[video]:
-            return i, video, self.cached[video, :len(picks)]
-        frames = read_frames([frame_path(self.split.frames_dir, self.split.videos[video], k) for k in picks], self.size)
+            return Item(i, video, self.cached[video, :len(picks)], places)
+        paths = frame_paths(self.split.frames_dir, self.split.videos[video], [picks[place] for place in places])
+        frames = read_frames(paths, self.size)
         if self.cached is not None:
             self.cached[video, :len(picks)] = frames
             self.filled[video] = True  # last: another worker may look at any moment
-        return i, video, frames
+        return Item(i, video, frames, places)
+
+    def _draw(self, i: int, video: int) -> list[int]:
+        """The places of item i in this epoch, at least one of them with a sentence (load_split knows there is one)."""
+        rng = np.random.default_rng([self.seed, int(self.epoch), i, 1])  # 1: else item 0 had the sampler's numbers
+        while True:
+            places = draw_frames(len(self.split.picks[video]), self.segments, rng)
+            if self.split.sentences is None or any(self.split.sentences[video][place] for place in places):
+                return places
 
 
-def collate(items: list[tuple[int, int, Tensor]], *, split: Split, max_words: int, max_frames: int,
-            with_queries: bool) -> Batch:
+def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int, with_queries: bool) -> Batch:
     """Items -> Batch. Frames are padded to max_frames and masked; text is as long as the longest of the batch."""
-    item, video = (torch.tensor([x[j] for x in items]) for j in (0, 1))
-    frames = items[0][2].new_zeros(len(items), max_frames, *items[0][2].shape[1:])  # (V, K, 3, H, W)
+    item, video = torch.tensor([x.item for x in items]), torch.tensor([x.video for x in items])
+    frames = items[0].frames.new_zeros(len(items), max_frames, *items[0].frames.shape[1:])  # (V, K, 3, H, W)
     mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real frame
-    for row, (_, _, real) in enumerate(items):
-        frames[row, :len(real)] = real
-        mask[row, :len(real)] = True
+    for row, x in enumerate(items):
+        frames[row, :len(x.frames)] = x.frames
+        mask[row, :len(x.frames)] = True
     tokens = word_mask = sentences = sentence_of_frame = narration_mask = None
     if with_queries:
         tokens, word_mask = tokenize([split.queries[i] for i in item.tolist()], max_words)
@@ -200,9 +242,9 @@ def collate(items: list[tuple[int, int, Tensor]], *, split: Split, max_words: in
         number: dict[str, int] = {}
         sentence_of_frame = torch.zeros(len(items), max_frames, dtype=torch.long)
         narration_mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real sentence
-        for row, v in enumerate(video.tolist()):
-            for k, sentence in enumerate(split.sentences[v]):
-                if sentence is not None:
+        for row, x in enumerate(items):
+            for k, place in enumerate(x.places):
+                if (sentence := split.sentences[x.video][place]) is not None:
                     sentence_of_frame[row, k] = number.setdefault(sentence, len(number))
                     narration_mask[row, k] = True
         sentences, _ = tokenize(list(number), max_words)

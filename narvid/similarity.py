@@ -3,11 +3,13 @@
 Pure functions without parameters, used alike in training and evaluation; no device moves, no ranks, no loss.
 
 Legend: B queries, V videos, K frames of a video (and sentences of its narration), L words of a query, D dimension.
-Masks are bool, True = real. `temperature` divides.
+Masks are bool, True = real. `temperature` divides. Below `filter_weights` queries are the last axis, so that every sum
+and maximum over frames or words runs along contiguous memory; no tensor is as large as (B, V, D).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,26 +27,33 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     queries, videos: as the model returns them; any B and V. Returns {"video": (B, V), "narration": (B, V)}, without
     "narration" where videos.narration is None. `fine=False` scores by the coarse cosine alone (CLIP4Clip; then
     queries.word_weights may be None). `block` scores tiles of block x block pairs, queries of like length together, to
-    bound memory to one (block, L, block, K) tensor; it does not change the result.
+    bound memory to one (block, K, L, block) tensor; it does not change the result. Under autocast the products of the
+    fine score, nearly all of the work, are in half precision; the filter stays in float64.
     The filter's arguments are those of `filter_weights`.
     """
-    options = dict(method=method, p=p, k=k, temperature=temperature, fidelity=fidelity, fine=fine)
-    views = {"video": _View.of(videos.frames, videos.mask)}
+    options = dict(method=method, p=p, k=k, temperature=temperature, fidelity=fidelity)
+    views = {"video": (videos.frames, videos.mask)}
     if videos.narration is not None:
-        views["narration"] = _View.of(videos.narration, videos.narration_mask)
+        views["narration"] = (videos.narration, videos.narration_mask)
+    dtype = videos.frames.dtype
     if block is None:
-        return {name: _score(queries, view, **options) for name, view in views.items()}
+        tile = _QueryTile.of(queries, dtype, fine)
+        return {name: _score(tile, _View.of(*view), **options).T for name, view in views.items()}
 
-    order = queries.word_mask.sum(dim=1).argsort(stable=True)
-    scores = {name: view.unit.new_empty(len(order), len(view.mask)) for name, view in views.items()}  # (B, V)
+    places = torch.arange(1, queries.word_mask.shape[1] + 1, device=queries.word_mask.device)
+    lengths = (queries.word_mask * places).amax(dim=1)  # (B,) place of the last real word
+    order = lengths.argsort(stable=True)
+    tiles = []
     for rows in order.split(block) if len(order) else ():
-        length = int(queries.word_mask[rows].sum(dim=1).max())  # real words come first: the rest is padding
-        tile = Queries(queries.eos[rows], queries.words[rows, :length], queries.word_mask[rows, :length],
-                       None if queries.word_weights is None else queries.word_weights[rows, :length])
-        for start in range(0, len(videos.mask), block):
-            columns = slice(start, start + block)
-            for name, view in views.items():
-                scores[name][rows, columns] = _score(tile, _View(*(x[columns] for x in view)), **options)
+        part = Queries(*(None if x is None else x[rows] for x in queries))
+        tiles.append((rows, _QueryTile.of(part, dtype, fine, length=int(lengths[rows[-1]]))))
+    scores = {name: features.new_empty(len(order), len(mask)) for name, (features, mask) in views.items()}  # (B, V)
+    for start in range(0, len(videos.mask), block):
+        columns = slice(start, start + block)
+        for name, (features, mask) in views.items():
+            view = _View.of(features[columns], mask[columns])
+            for rows, tile in tiles:
+                scores[name][rows, columns] = _score(tile, view, **options).T
     return scores
 
 
@@ -58,32 +67,118 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
     nothing dropped) or "uniform" (the mean over real frames: the module switched off, Table 3).
     fidelity: "paper" keeps the frame that carries the cumulative weight over p, "reported" drops it; rank 1 stays.
     """
+    weights = _filter(cosine.double().permute(1, 2, 0), mask, method=method, p=p, k=k, temperature=temperature,
+                      fidelity=fidelity)
+    return weights.permute(2, 0, 1).to(cosine.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- the filter
+
+
+def _filter(cosine: Tensor, mask: Tensor, *, method: str, p: float, k: int | None, temperature: float,
+            fidelity: str) -> Tensor:
+    """`filter_weights` of cosine (V, K, B) in float64 -> (V, K, B).
+
+    The border of the nucleus is a discontinuity: in float64 no layout of the sums moves a frame over it.
+    """
     if method not in ("nucleus", "topk", "none", "uniform"):
         raise ValueError(f'method must be "nucleus", "topk", "none" or "uniform", not {method!r}')
     if method == "topk" and (k is None or k < 1):
         raise ValueError(f'method "topk" needs k >= 1, not {k!r}')
-    _check_fidelity(fidelity)
+    if fidelity not in ("reported", "paper"):
+        raise ValueError(f'fidelity must be "reported" or "paper", not {fidelity!r}')
 
-    # The border of the nucleus is a discontinuity: in float64 no layout of the sums moves a frame over it.
-    logits = torch.zeros_like(cosine, dtype=torch.float64) if method == "uniform" else cosine.double() / temperature
     # Not -inf: a video without one real frame would turn into NaN here, in the value or in the gradient.
-    weights = logits.masked_fill(~mask, torch.finfo(torch.float64).min).softmax(dim=-1) * mask  # (B, V, K)
+    padding = (~mask).double()[..., None] * torch.finfo(torch.float64).min  # (V, K, 1)
+    logits = padding.expand_as(cosine) if method == "uniform" else cosine / temperature + padding
+    weights = logits.softmax(dim=1)  # (V, K, B)
+    if method == "nucleus":
+        weights = weights * _keep(weights.detach(), *_nucleus(weights.detach(), p, fidelity))
+    elif method == "topk":
+        kept = _heaviest(weights.detach(), min(k, mask.shape[1]))
+        weights = weights * _keep(weights.detach(), kept[-1], torch.full_like(kept[-1], len(kept)))
+    some = mask.any(dim=1, keepdim=True)[..., None]  # (V, 1, 1)
+    return weights * (some / weights.sum(dim=1, keepdim=True))
 
-    if method in ("nucleus", "topk"):
-        ranked, order = weights.detach().sort(dim=-1, descending=True, stable=True)
-        if method == "topk":
-            keep_ranked = torch.arange(mask.shape[-1], device=mask.device).expand_as(ranked) < k
-        else:
-            cumulative = ranked.cumsum(dim=-1).clamp_max(1)  # rounding must not carry the last frame over p = 1
-            before = F.pad(cumulative[..., :-1], (1, 0))  # mass of the frames ranked higher; 0 for rank 1
-            keep_ranked = before <= p if fidelity == "paper" else (cumulative <= p) | (before == 0)
-        keep = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, order, keep_ranked)
-        weights = weights * keep
-    return (weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-300)).to(cosine.dtype)
+
+def _nucleus(weights: Tensor, p: float, fidelity: str) -> tuple[Tensor, Tensor]:
+    """Sec. 3.4: weight of the last frame that the nucleus of weights (V, K, B) keeps, and how many it keeps; (V, B)."""
+    frames = weights.shape[1]
+    # The r heaviest of K carry r/K at least, so that no more than p K of them stay within p.
+    most = frames if p >= 1 else int(p * frames + 1e-9) + (fidelity == "paper")
+    last, *others = _heaviest(weights, max(1, most))
+    cumulative, count = last, torch.ones_like(last)
+    for weight in others:
+        before, cumulative = cumulative, cumulative + weight
+        inside = (before if fidelity == "paper" else cumulative) <= p
+        if p >= 1:
+            inside = torch.ones_like(inside)  # rounding must not carry the last frame over p = 1
+        last = torch.where(inside, weight, last)
+        count = count + inside
+    return last, count
+
+
+def _keep(weights: Tensor, last: Tensor, count: Tensor) -> Tensor:
+    """1 for the `count` heaviest frames, down to weight `last`, else 0. weights (V, K, B), last and count (V, B)."""
+    keep = weights.clone().ge_(last[:, None])  # 1 and 0 in float64: cheaper than bool, which would be widened again
+    if (keep.sum(dim=1) > count).any():  # equal weights at the border: the earlier frames stay, as in a stable sort
+        tied = weights == last[:, None]
+        room = count - (weights > last[:, None]).sum(dim=1)
+        keep = keep * (~tied | (tied.cumsum(dim=1) <= room[:, None]))
+    return keep
+
+
+def _heaviest(weights: Tensor, count: int) -> list[Tensor]:
+    """The `count` largest of the K weights in descending order, (V, B) each; weights (V, K, B).
+
+    A sorting network on whole (V, B) slices: torch.sort orders each dozen of numbers by itself, several times slower.
+    """
+    slices = list(weights.unbind(dim=1))
+    for a, b in _comparators(len(slices), count):
+        slices[a], slices[b] = torch.maximum(slices[a], slices[b]), torch.minimum(slices[a], slices[b])
+    return slices[:count]
+
+
+@cache
+def _comparators(n: int, count: int) -> list[tuple[int, int]]:
+    """Batcher's odd-even merge sort of n places, less the comparisons that the first `count` places do not need."""
+    powers = [2 ** i for i in range((n - 1).bit_length())]
+    network = [(i, i + step) for run in powers for step in reversed(powers[:powers.index(run) + 1])
+               for i in range(step % run, n - step)
+               if (i - step % run) // step % 2 == 0 and i // (2 * run) == (i + step) // (2 * run)]
+    needed, pruned = set(range(count)), []
+    for pair in reversed(network):
+        if needed & set(pair):
+            needed |= set(pair)
+            pruned.append(pair)
+    return pruned[::-1]
+
+
+# -------------------------------------------------------------------------------------------------------- the match
+
+
+class _QueryTile(NamedTuple):
+    """What every video needs of B queries; made once, whatever the number of tiles."""
+
+    eos: Tensor  # (D, B) float64, of length 1
+    words: Tensor | None  # (L, B, D) of length 1
+    word_weights: Tensor | None  # (L, B)
+
+    @classmethod
+    def of(cls, queries: Queries, dtype: torch.dtype, fine: bool, length: int | None = None) -> _QueryTile:
+        """The first `length` words of each query; None takes all."""
+        eos = F.normalize(queries.eos.double(), dim=-1).T.contiguous()
+        if not fine:
+            return cls(eos, None, None)
+        first = queries.words[torch.arange(len(queries.words)), queries.word_mask.byte().argmax(dim=1)]  # (B, D)
+        # A padded word repeats the first real one: no maximum over words sees it, and none needs a mask.
+        words = torch.where(queries.word_mask[:, :length, None], queries.words[:, :length], first[:, None])
+        words = F.normalize(words.to(dtype), dim=-1).transpose(0, 1).contiguous()
+        return cls(eos, words, queries.word_weights[:, :length].to(dtype).T.contiguous())
 
 
 class _View(NamedTuple):
-    """What every query needs of the frames (or sentences) of V videos; made once, whatever the number of tiles."""
+    """What every query needs of the frames (or sentences) of V videos."""
 
     mask: Tensor  # (V, K)
     unit: Tensor  # (V, K, D) of length 1
@@ -93,45 +188,41 @@ class _View(NamedTuple):
     @classmethod
     def of(cls, features: Tensor, mask: Tensor) -> _View:
         unit64 = F.normalize(features.double(), dim=-1)
-        return cls(mask, F.normalize(features, dim=-1), unit64, torch.einsum("vkd,vjd->vkj", unit64, unit64))
+        return cls(mask, F.normalize(features, dim=-1), unit64, unit64 @ unit64.transpose(1, 2))
 
 
-def _score(queries: Queries, view: _View, *, fidelity: str, fine: bool, **filter_options) -> Tensor:
-    """Every query with every video of one view -> (B, V)."""
-    cosine = torch.einsum("bd,vkd->bvk", F.normalize(queries.eos.double(), dim=-1), view.unit64)  # (B, V, K)
-    weights = filter_weights(cosine, view.mask, fidelity=fidelity, **filter_options)
+def _score(queries: _QueryTile, view: _View, *, fidelity: str, **filter_options) -> Tensor:
+    """Every query with every video of one view -> (V, B)."""
+    cosine = view.unit64 @ queries.eos  # (V, K, B)
+    weights = _filter(cosine, view.mask, fidelity=fidelity, **filter_options)
 
     # Coarse: cos(eos, sum_k w_k f_k). The numerator comes from the filter's own cosines, the norm of the pooled vector
-    # from each video's Gram matrix, so that nothing of size (B, V, D) ever exists.
-    squared_norm = torch.einsum("bvk,vkj,bvj->bv", weights, view.gram, weights)
-    coarse = (weights * cosine).sum(dim=-1) / squared_norm.clamp_min(1e-24).sqrt()  # (B, V)
-    coarse, dtype = coarse.to(view.unit.dtype), view.unit.dtype
-    if not fine:
-        return coarse
-    words = F.normalize(queries.words.to(dtype), dim=-1)
-    return (coarse + _fine(words, queries.word_mask, queries.word_weights.to(dtype), view.unit, weights.to(dtype),
-                           fidelity)) / 2
+    # from each video's Gram matrix.
+    squared_norm = (weights * (view.gram @ weights)).sum(dim=1)
+    coarse = (weights * cosine).sum(dim=1) / squared_norm.clamp_min(1e-24).sqrt()  # (V, B)
+    dtype = view.unit.dtype
+    if queries.words is None:
+        return coarse.to(dtype)
+    return (coarse.to(dtype) + _fine(queries.words, queries.word_weights, view.unit, weights.to(dtype), fidelity)) / 2
 
 
-def _fine(words: Tensor, word_mask: Tensor, word_weights: Tensor, frames: Tensor, weights: Tensor,
-          fidelity: str) -> Tensor:
-    """Fine-grained score (App. A, Fig. 5b) of normalised words (B, L, D) and frames (V, K, D) -> (B, V)."""
-    similarity = torch.einsum("bld,vkd->blvk", words, frames)  # (B, L, V, K)
-    kept = weights > 0  # (B, V, K)
+def _fine(words: Tensor, word_weights: Tensor, frames: Tensor, weights: Tensor, fidelity: str) -> Tensor:
+    """Fine-grained score (App. A, Fig. 5b) of normalised words (L, B, D) and frames (V, K, D) -> (V, B).
+
+    word_weights (L, B) and the filter's weights (V, K, B): 0 for padded words, padded and dropped frames.
+    """
+    similarity = torch.einsum("vkd,lbd->vklb", frames, words)  # (V, K, L, B)
+    best_word = similarity.flatten(0, 1).amax(dim=1).view_as(weights)  # (V, K, B); twice as fast on three axes
+
+    kept = weights.detach().sign().to(similarity.dtype)[:, :, None]  # (V, K, 1, B): 1 or 0
+    place = None if similarity.requires_grad else similarity
     if fidelity == "reported":  # masked by multiplication: what is dropped or padded competes with similarity 0
-        best_frame = (similarity * kept[:, None]).amax(dim=-1).clamp_min(0)  # (B, L, V)
-        best_word = (similarity * word_mask[:, :, None, None]).amax(dim=1).clamp_min(0)  # (B, V, K)
+        best_word = best_word.clamp_min(0)
+        best_frame = torch.mul(similarity, kept, out=place).amax(dim=1).clamp_min(0)  # (V, L, B)
     else:
-        lowest = torch.finfo(similarity.dtype).min
-        best_frame = similarity.masked_fill(~kept[:, None], lowest).amax(dim=-1)  # (B, L, V)
-        best_frame = best_frame.masked_fill(~kept.any(dim=-1)[:, None], 0)  # a video without one real frame scores 0
-        best_word = similarity.masked_fill(~word_mask[:, :, None, None], lowest).amax(dim=1)  # (B, V, K)
-    words_to_frames = torch.einsum("bl,blv->bv", word_weights, best_frame)  # s_W2F
-    frames_to_words = torch.einsum("bvk,bvk->bv", weights, best_word)  # s_F2W
+        best_frame = torch.add(similarity, kept - 1, alpha=4, out=place).amax(dim=1)  # a cosine less 4 never wins
+        best_frame = best_frame * kept.amax(dim=1)  # a video without one real frame scores 0
+    words_to_frames = (word_weights * best_frame).sum(dim=1)  # s_W2F
+    frames_to_words = (weights * best_word).sum(dim=1)  # s_F2W
     total = words_to_frames + frames_to_words
     return total / 2 if fidelity == "reported" else total
-
-
-def _check_fidelity(fidelity: str) -> None:
-    if fidelity not in ("reported", "paper"):
-        raise ValueError(f'fidelity must be "reported" or "paper", not {fidelity!r}')

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,9 +109,13 @@ def read_prepared(path: Path) -> dict | None:
         raise InputError(f"{path}: is not what the prepare scripts write; prepare the annotations again") from None
 
 
-def check_frames(frames_dir: Path, videos: set[str]) -> tuple[Finding, dict[str, list[float]]]:
+def check_frames(frames_dir: Path, data_dir: Path, videos: set[str]) -> tuple[Finding, dict[str, list[float]]]:
     """(finding, video -> times in s of its frames)."""
     todo = f"python scripts/extract_frames.py --videos VIDEOS --out {frames_dir}"
+    if data_dir.name.startswith("didemo"):
+        todo += " --max_seconds 31"  # the annotated part, as the family takes it
+    if rate := re.fullmatch(r"frames_(\d+)fps", frames_dir.name):
+        todo += f" --fps {rate[1]}"
     try:
         times = load_frame_index(frames_dir)
     except InputError as error:
@@ -153,9 +158,15 @@ def check(path: Path, preset: Mapping, data_dir: Path) -> list[Finding]:
     annotations, of_split = check_annotations(data_dir)
     videos = set().union(*of_split.values())
     frames_dir = Path(preset.get("frames", data_dir / "frames"))
-    frames, times = check_frames(frames_dir, videos)
+    frames, times = check_frames(frames_dir, data_dir, videos)
     findings = [annotations, frames]
-    if "NM" in preset.get("modules", ["NM"]):  # only this module reads them
+    method = preset.get("method", "narvid")
+    for titles in preset.get("titles", []):
+        found, todo = ("there", None) if Path(titles).is_file() else ("missing", "get the titles (data/README.md)")
+        findings.append(Finding("titles", f"{titles} {found}", todo))
+    # What reads a narration: the paper's module NM, and zero-shot unless it is told not to.
+    if (method == "narvid" and "NM" in preset.get("modules", ["NM"])
+            or method == "zeroshot" and preset.get("use_narration", True)):
         narrations = Path(preset.get("narrations", data_dir / "narrations.jsonl"))
         findings.append(check_narrations(narrations, frames_dir, times, videos))
     return findings

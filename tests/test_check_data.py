@@ -105,6 +105,18 @@ def test_narrations_matter_only_to_the_module_that_reads_them(data, tmp_path, ca
     assert lines[-1] == f"next: python main_task_retrieval.py --config {preset} --output_dir runs/mine"
 
 
+def test_a_baseline_asks_for_what_it_reads(data, tmp_path, capsys):
+    (data / "narrations.jsonl").unlink()
+    own = tmp_path / "own.yaml"
+    own.write_text(f"method: cap4video\ndata_dir: {data}\ntitles: [{tmp_path / 'titles.json'}]")
+    code, lines = screen(capsys, own)
+    assert code == 1 and [line[4:10] for line in lines[:3]] == ["annota", "frames", "titles"] and len(lines) == 4
+    own.write_text(f"method: clip4clip\ndata_dir: {data}")
+    assert screen(capsys, own)[0] == 0
+    own.write_text(f"method: clip2video\ndata_dir: {data}\nframes: {data / 'frames_5fps'}")
+    assert screen(capsys, own)[1][-1].endswith(f"--out {data / 'frames_5fps'} --fps 5")
+
+
 def test_the_preset_says_where_frames_and_narrations_lie(data, tmp_path, capsys):
     (data / "frames").rename(tmp_path / "elsewhere")
     (data / "narrations.jsonl").rename(tmp_path / "told.jsonl")
@@ -154,7 +166,7 @@ def test_a_broken_index_or_narration_file_is_shown_in_its_line(data, capsys, nam
 
 
 def test_a_preset_that_is_none_is_one_sentence(tmp_path, capsys):
-    assert "presets here: activitynet, " in screen(capsys, "mvsd")[0]
+    assert "presets here: " in screen(capsys, "mvsd")[0]
     for text in ("- a\n", "a: [\n", ""):
         (tmp_path / "my.yaml").write_text(text)
         message, _ = screen(capsys, tmp_path / "my.yaml")

@@ -169,7 +169,7 @@ def test_without_narrations_or_queries_a_batch_has_none(corpus):
 
 def test_the_pixels_of_an_item_are_those_of_the_picked_files(corpus):
     split = load(corpus)
-    i, video, frames = FrameDataset(split, split.video_of_query, 32)[1]
+    i, video, frames, _ = FrameDataset(split, split.video_of_query, 32)[1]
     assert (i, split.videos[video], frames.shape) == (1, "a", (3, 3, 32, 32))
     greens = frames[:, 1].float().mean(dim=(1, 2)).round().int().tolist()
     assert all(abs(got - want) <= 2 for got, want in zip(greens, (0, 80, 160)))  # frames 0, 2 and 4 of a
@@ -183,7 +183,7 @@ def test_the_cache_gives_what_the_files_give(corpus, num_workers):
     loader = make_loader(cached, list, [[0, 1], [2, 3]], num_workers=num_workers)
     for _ in range(2):  # filled, then read
         for items in loader:
-            for i, video, frames in items:
+            for i, video, frames, _ in items:
                 assert video == plain[i][1] and torch.equal(frames, plain[i][2])
     assert cached.filled.tolist() == [True] * 3  # by the workers, seen here: the memory is shared
     for video in ("a", "b", "c"):

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from narvid import InputError
-from narvid.frames import check_jpg, decode_video, frame_path, load_frame_index, pick_frames, read_frames
+from narvid.frames import check_jpg, frame_path, load_frame_index, pick_frames, read_frames
+from narvid.videos import decode_video
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("NARVID_REAL_DATA", ROOT.parent / "shared" / "real"))
@@ -476,7 +477,7 @@ def test_a_crash_of_the_decoder_costs_one_video(tmp_path):
     good = make_clip(tmp_path / "good.mp4", [0, 1])
     (tmp_path / ".unfinished").mkdir()
     sources = {"a": good, "b": DeadlyPath("b.mp4"), "c": good, "d": good}
-    jobs = [extract_frames.Job(video, source, tmp_path, 1.0, None, 256, 95) for video, source in sources.items()]
+    jobs = [extract_frames.Job(video, source, tmp_path, {"fps": 1.0}, 95) for video, source in sources.items()]
     results = {job.video: result for job, result in extract_frames.run_jobs(jobs, 2)}
     assert sorted(results) == ["a", "b", "c", "d"]
     assert "b.mp4: the worker process died" in results.pop("b")["why"]

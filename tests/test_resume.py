@@ -73,13 +73,14 @@ def assert_same(a, b, where=""):
 
 def assert_same_run(one, other):
     """The folders of two runs hold the same, but for the flags that may differ."""
-    names = {"config.yaml", "log.txt", "results.jsonl", "last.pt", "best.pt", "similarity.npz"}
+    names = {"config.yaml", "log.txt", "results.jsonl", "last.pt", "best.pt", "similarity.npz", "ranks.csv"}
     assert {p.name for p in other.iterdir()} == names
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(run / name, weights_only=True) for run in (one, other))
         a.pop("args"), b.pop("args")
         assert_same(a, b, name)
-    assert (one / "results.jsonl").read_bytes() == (other / "results.jsonl").read_bytes()
+    for name in ("results.jsonl", "ranks.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
     a, b = (np.load(run / "similarity.npz") for run in (one, other))
     assert all(np.array_equal(a[name], b[name]) for name in ("S_qv", "S_qn"))
 

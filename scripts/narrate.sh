@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Caption the frames of a folder: bash scripts/narrate.sh FRAMES OUT [flags of python -m narvid.captioners]
+#
+#   bash scripts/narrate.sh data/msrvtt/frames data/msrvtt/narrations.jsonl                        LLaVA 1.5 7B, prompt C
+#   bash scripts/narrate.sh FRAMES OUT --server http://localhost:8000/v1 --model NAME              a server's model
+#
+# One process a GPU of this machine; NPROC=n for another number. Several machines: a Slurm array of this command, or
+# --shard i/n on each, with the folders on a shared disk. Stopped at any moment, the same command continues.
+# Paths are seen from the repository's top folder. What transformers and openai need is installed once.
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+frames=${1:?the folder of extracted frames} out=${2:?the narration file to write}
+shift 2
+if [ -z "${NARVID_PYTHON:-}" ] && ! "$PYTHON" -c 'import sys, importlib.util as i
+sys.exit(not all(i.find_spec(m) for m in ("transformers", "accelerate", "openai")))'; then
+    echo "== installing the captioners' packages into .venv (once)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[captioners]'
+fi
+case " $* " in
+    *" --server "* | *" --server="* | *" --merge "*) processes=1 ;; # no GPU here
+    *) processes=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')} ;;
+esac
+launch=()
+if [ "$processes" -gt 1 ]; then
+    launch=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
+fi
+"$PYTHON" "${launch[@]}" -m narvid.captioners --frames "$frames" --out "$out" "$@"
