@@ -24,7 +24,7 @@ from PIL import Image
 
 from narvid import InputError, journals, narrating
 from narvid.frames import frame_path, pick_frames
-from narvid.narrations import load_narrations
+from narvid.narrations import Narration, load_narrations, write_narrations
 
 pytest.importorskip("openai")
 ROOT = Path(__file__).resolve().parent.parent
@@ -565,3 +565,27 @@ def test_without_the_library_it_says_what_to_install(frames, tmp_path, server, m
     monkeypatch.setitem(sys.modules, "openai", None)
     message = error(frames, tmp_path / "n.jsonl", server)
     assert "openai is not installed" in message and "pip install -e '.[captioners]'" in message
+
+
+# ---- what sharing costs: scripts/share_sentences.py ----
+
+
+def test_shared_sentences_are_those_of_the_captioned_frames(tmp_path, capsys):
+    """Two stills of three frames each, then a frame of its own: two sentences are told three times."""
+    from scripts import share_sentences
+
+    frames = tmp_path / "frames"
+    (frames / "v").mkdir(parents=True)
+    for index, grey in enumerate((10, 10, 10, 200, 200, 201, 90)):
+        Image.new("L", (32, 32), grey).save(frames / "v" / f"{index:05d}.jpg")
+    times = [float(second) for second in range(7)]
+    (frames / "index.jsonl").write_text(json.dumps({"video": "v", "times": times}) + "\n")
+    told = Narration("c", "p", times[:6], list("abcdef"))  # the last frame has no sentence
+    write_narrations(tmp_path / "told.jsonl", [("v", told)])
+    share_sentences.main(["--frames", str(frames), "--same_frame", "0", "5"])
+    assert "4 of 7 frames share a sentence, 57.1% saved" in capsys.readouterr().out
+    share_sentences.main(["--frames", str(frames), "--same_frame", "5", "--narrations", str(tmp_path / "told.jsonl"),
+                          "--out", str(tmp_path / "shared.jsonl")])
+    assert load_narrations(tmp_path / "shared.jsonl") == {"v": told._replace(sentences=list("aaaddd"))}
+    with pytest.raises(SystemExit, match="go together"):
+        share_sentences.main(["--frames", str(frames), "--same_frame", "5", "--out", "x"])
