@@ -35,6 +35,7 @@ from narvid.model import MODULES, NarVid, NarVidConfig
 from narvid.narrations import load_narrations
 from narvid.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
+from narvid.titles import load_titles, with_titles
 
 METHODS = {"narvid": NarVid, "clip4clip": CLIP4Clip, "clip2video": CLIP2Video, "cap4video": Cap4Video,
            "zeroshot": ZeroShot, "internvideo": InternVideo}
@@ -158,6 +159,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.eval_only |= method == "zeroshot"
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
     args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
+    if "titles" in args:
+        args.titles = args.titles or [str(Path(args.data_dir, "titles.json"))]
     if args.clip_lr is None:
         args.clip_lr = 1e-7 if args.recipe == "reported" else 1e-6
     has_val = Path(args.data_dir, "val.jsonl").exists()
@@ -188,7 +191,7 @@ def checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *,
     groups = {g.title: g for g in parser._action_groups}
     method = parser.get_default("method")
     own = [a.dest for title in ("model", method) for a in groups[title]._group_actions if a.dest != "checkpoint"]
-    own = [dest for dest in own if dest not in ("hard_loss", "lam", "eta", "alpha")]  # of the loss, not of the model
+    own = [dest for dest in own if dest not in ("hard_loss", "lam", "eta", "alpha", "titles")]  # of loss and data
     own += ["max_words", "max_frames", "fusion_weight", "recipe", "precision"]
     own += ["select_on"] if eval_only else []  # its epoch was chosen when it was trained, and the result says on what
     return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser)
@@ -292,6 +295,10 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
     longest = {"train": None} if args.frame_sampling == "segments" else {}  # its items may draw any frame
     splits = {name: load(Path(args.data_dir, f"{name}.jsonl"), max_frames=longest.get(name, args.max_frames))
               for name in wanted}
+    if "titles" in args:
+        titles = load_titles(args.titles, frame_times, args.max_titles)
+        splits = {name: with_titles(split, titles, paths=args.titles, missing=args.missing_narration)
+                  for name, split in splits.items()}
     for name, split in splits.items():
         if len(split.videos) < world.size:
             raise InputError(f"{Path(args.data_dir, name)}.jsonl: its {len(split.videos)} videos cannot be shared "

@@ -40,6 +40,7 @@ class Split(NamedTuple):
     sentences: list[list[str | None]] | None  # V lists as long as picks; None: no sentence for this frame
     skipped: list[str]  # videos left out for want of a narration
     missing: int  # videos of the official split that the prepare script had to drop, in all splits together
+    titles: list[list[str]] | None = None  # V lists of sentences about the whole video; they stand in for `sentences`
 
 
 class Item(NamedTuple):
@@ -61,8 +62,8 @@ class Batch(NamedTuple):
     frames: Tensor  # (V, K, 3, H, W) uint8
     mask: Tensor  # (V, K)
     sentences: Tensor | None  # (U, M) tokens: each distinct sentence once
-    sentence_of_frame: Tensor | None  # (V, K) index into sentences
-    narration_mask: Tensor | None  # (V, K)
+    sentence_of_frame: Tensor | None  # (V, K) index into sentences; of a split with titles (V, T), its most titles
+    narration_mask: Tensor | None  # (V, K), or (V, T)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -235,16 +236,21 @@ def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int,
     for row, x in enumerate(items):
         frames[row, :len(x.frames)] = x.frames
         mask[row, :len(x.frames)] = True
-    tokens = word_mask = sentences = sentence_of_frame = narration_mask = None
+    tokens = word_mask = told = sentences = sentence_of_frame = narration_mask = None
     if with_queries:
         tokens, word_mask = tokenize([split.queries[i] for i in item.tolist()], max_words)
-    if split.sentences is not None:
+    if split.titles is not None:
+        told = [split.titles[x.video] for x in items]
+    elif split.sentences is not None:
+        told = [[split.sentences[x.video][place] for place in x.places] for x in items]
+    if told is not None:
         number: dict[str, int] = {}
-        sentence_of_frame = torch.zeros(len(items), max_frames, dtype=torch.long)
-        narration_mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real sentence
-        for row, x in enumerate(items):
-            for k, place in enumerate(x.places):
-                if (sentence := split.sentences[x.video][place]) is not None:
+        width = max_frames if split.titles is None else max(map(len, told))
+        sentence_of_frame = torch.zeros(len(items), width, dtype=torch.long)
+        narration_mask = torch.zeros(len(items), width, dtype=torch.bool)  # True = a real sentence
+        for row, texts in enumerate(told):
+            for k, sentence in enumerate(texts):
+                if sentence is not None:
                     sentence_of_frame[row, k] = number.setdefault(sentence, len(number))
                     narration_mask[row, k] = True
         sentences, _ = tokenize(list(number), max_words)

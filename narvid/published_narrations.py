@@ -75,20 +75,6 @@ def parse_published(path: str | Path, text: str, form: str, known: Container[str
     return captions_of
 
 
-def read_titles(path: str | Path) -> dict[str, list[str]]:
-    """Cap4Video's titles of each video, best first, under the names in the file; a video may have none.
-
-    The single best title that training files also carry (`title`, `max1`) is left out.
-    Raises InputError for a file of another form and naming the video of anything malformed.
-    """
-    text = read_text(path)
-    form = form_of(text)
-    if form == "release" or (form == "ours" and "\n" in text.strip()):  # one line: perhaps titles, cut off
-        what = "a narration file, a sentence a frame" if form == "ours" else "a list such as the NarVid release's"
-        raise InputError(f"{path}: is {what}; Cap4Video's file of titles, one JSON object, is expected")
-    return _titles_by_name(path, text)
-
-
 def assign(form: str, captions: Sequence[str], times: Sequence[float]) -> tuple[list[float], list[str]]:
     """Captions of one video and times (s) of all its n frames -> (times, sentences), by the rule in ALIGNMENT.
 

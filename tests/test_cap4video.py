@@ -3,6 +3,8 @@
 B queries, V videos, K frames of a video, T titles of a video, U distinct titles, L words of a query, D joint dimension.
 """
 
+import json
+
 import numpy as np
 import pytest
 import reference
@@ -10,8 +12,15 @@ import reference_cap4video as loops
 import tiny
 import torch
 
+import main_task_retrieval as trainer
 from narvid import InputError, clip
 from narvid.baselines.cap4video import Cap4Video, Queries, Videos, item_weights, word_token_interaction
+from narvid.datasets import FrameDataset, collate, load_split, tokenize
+from narvid.frames import load_frame_index
+from narvid.narrations import load_narrations
+from narvid.run_dir import load_checkpoint
+from narvid.titles import load_titles, with_titles
+from narvid.titles import main as add_titles
 
 B, V, K, T, L = 5, 4, 3, 4, 6
 
@@ -271,3 +280,109 @@ def test_stage_titles_without_its_first_stage_is_refused():
     model.video_is_trained.fill_(False)
     with pytest.raises(InputError, match="name its best.pt with --checkpoint"):
         train_step(model, batch())
+
+
+# ------------------------------------------------------------------------------------------------- titles of a corpus
+
+
+def write_titles(path, videos):
+    """Cap4Video's form of test files: as many titles a video as it likes, the best first."""
+    path.write_text(json.dumps({video: [f"title {n} of {video}" for n in range(count)] for video, count in videos}))
+    return path
+
+
+def test_titles_come_from_several_files_and_from_narrations(tmp_path, corpus):
+    known = {"a", "b.c"}
+    first, second = write_titles(tmp_path / "1.json", [("a.mp4", 5)]), write_titles(tmp_path / "2.json", [("b.c", 2)])
+    got = load_titles([first, second], known, max_titles=3)
+    assert got == {"a": [f"title {n} of a.mp4" for n in range(3)], "b.c": ["title 0 of b.c", "title 1 of b.c"]}
+    (tmp_path / "blank.json").write_text(json.dumps({"a": ["", "one", " "]}))
+    assert load_titles([tmp_path / "blank.json"], known, 3) == {"a": ["one"]}
+    with pytest.raises(InputError, match="2.json: b.c has titles in another of the files too"):
+        load_titles([second, second], known, 3)
+
+    told = load_narrations(corpus / "narrations.jsonl")
+    got = load_titles([corpus / "narrations.jsonl"], told, max_titles=2)
+    for video, narration in told.items():
+        distinct = list(dict.fromkeys(s for s in narration.sentences if s.strip()))
+        assert got[video] == ([distinct[0], distinct[-1]] if len(distinct) > 2 else distinct)
+
+
+def test_a_split_gets_the_titles_of_its_videos(corpus):
+    times = load_frame_index(corpus / "frames")
+    split = load_split(corpus / "test.jsonl", corpus / "frames", times, max_frames=3)
+    titles = {video: [f"of {video}"] for video in split.videos}
+    whole = with_titles(split, titles, paths=["t.json"])
+    assert whole.titles == [[f"of {video}"] for video in split.videos] and whole.queries == split.queries
+    assert (whole.video_of_query == split.video_of_query).all() and whole.picks == split.picks
+    gone = split.videos[1]
+    with pytest.raises(InputError, match=f"t.json: no title for 1 of 11 videos, the first is {gone}; .*--titles"):
+        with_titles(split, titles | {gone: []}, paths=["t.json"])
+    left = with_titles(split, titles | {gone: []}, paths=["t.json"], missing="skip-video")
+    assert left.skipped == [gone] and left.videos == [video for video in split.videos if video != gone]
+    pairs = [(split.videos[v], query) for v, query in zip(split.video_of_query, split.queries)]
+    assert [(left.videos[v], query) for v, query in zip(left.video_of_query, left.queries)] == [
+        pair for pair in pairs if pair[0] != gone]
+    assert [left.titles[v] for v in left.video_of_query] == [[f"of {video}"] for video, _ in pairs if video != gone]
+    assert [len(p) for p in left.picks] == [len(p) for p, video in zip(split.picks, split.videos) if video != gone]
+
+
+def test_a_batch_carries_titles_whatever_the_number_of_frames(corpus):
+    times = load_frame_index(corpus / "frames")
+    split = load_split(corpus / "test.jsonl", corpus / "frames", times, max_frames=3)
+    titles = {video: [f"{n} of {video}" for n in range(1 + i % 5)] + ["all have it"]
+              for i, video in enumerate(split.videos)}
+    split = with_titles(split, titles, paths=["t.json"])
+    dataset = FrameDataset(split, np.arange(11), tiny.SIDE)
+    got = collate([dataset[i] for i in (4, 0)], split=split, max_words=20, max_frames=3, with_queries=False)
+    assert got.frames.shape[:2] == got.mask.shape == (2, 3)
+    assert got.sentence_of_frame.shape == got.narration_mask.shape == (2, 6)
+    assert got.narration_mask.sum(1).tolist() == [6, 2] and len(got.sentences) == 7  # one title is of both
+    for row, video in enumerate((4, 0)):
+        tokens, _ = tokenize(split.titles[video], 20)
+        assert torch.equal(got.sentences[got.sentence_of_frame[row][got.narration_mask[row]]], tokens)
+
+
+def test_the_best_title_becomes_an_extra_training_pair(tmp_path, corpus, capsys):
+    videos = [json.loads(line)["video"] for line in (corpus / "train.jsonl").read_text().splitlines()]
+    titles = write_titles(tmp_path / "t.json", [(video, 3) for video in dict.fromkeys(videos) if video != "train2"])
+    (tmp_path / "c").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "c" / name).write_text((corpus / name).read_text())
+    (tmp_path / "c" / "prepared.json").write_text(json.dumps({"queries": {"train": 39}, "missing": ["x"]}))
+    add_titles(["--titles", str(titles), "--corpus", str(tmp_path / "c"), "--out", str(tmp_path / "out")])
+    assert "12 pairs added, 1 training videos have no title" in capsys.readouterr().out
+    before, after = ((tmp_path / folder / "train.jsonl").read_text().splitlines() for folder in ("c", "out"))
+    assert after[:39] == before and [json.loads(line) for line in after[39:]] == [
+        {"video": video, "query": f"title 0 of {video}"} for video in dict.fromkeys(videos) if video != "train2"]
+    assert (tmp_path / "out" / "test.jsonl").read_text() == (corpus / "test.jsonl").read_text()
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text()) == {
+        "queries": {"train": 51}, "missing": ["x"], "title_pairs": 12}
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    for argv, words in ((["--corpus", tmp_path / "c", "--out", tmp_path / "c"], "--out .*is the corpus itself"),
+                        (["--corpus", tmp_path / "out", "--out", tmp_path / "b"], None)):
+        if words:
+            with pytest.raises(SystemExit, match=f"^error: {words}"):
+                add_titles(["--titles", str(titles), *map(str, argv)])
+    with pytest.raises(SystemExit, match="^error: .*none of its 13 videos has a title"):
+        add_titles(["--titles", str(write_titles(tmp_path / "no.json", [("other", 1)])), "--corpus",
+                    str(tmp_path / "c"), "--out", str(tmp_path / "b")])
+
+
+# ---------------------------------------------------------------------------------------------------------- a real run
+
+
+def test_the_trainer_runs_both_stages_and_evaluates_them_again(corpus, tmp_path):
+    titles = ["--method", "cap4video", "--titles", corpus / "narrations.jsonl"]
+    own = [*titles, "--max_titles", 4, "--epochs", 1, "--select_on", "last"]
+    second = ["--stage", "titles", "--freeze_towers", "--checkpoint", tmp_path / "video" / "best.pt"]
+    video = trainer.main(tiny.flags(corpus, tmp_path / "video", *own))
+    both = trainer.main(tiny.flags(corpus, tmp_path / "titles", *own, *second))
+    assert list(video) == ["S_qv"] and list(both) == ["S_qv", "S_titles", "S_weighted"]
+    assert both["S_qv"] == video["S_qv"]  # the video branch stood still
+    one, two = (load_checkpoint(tmp_path / name / "best.pt")["model"] for name in ("video", "titles"))
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    assert changed and all(name.startswith("titles.") or name == "clip.logit_scale" for name in changed)
+    assert trainer.main([str(x) for x in (
+        *titles, "--eval_only", "--checkpoint", tmp_path / "titles" / "best.pt", "--data_dir", corpus,
+        "--num_workers", 0, "--output_dir", tmp_path / "again", "--eval_batch_size", 7)]) == both
