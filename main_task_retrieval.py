@@ -181,7 +181,7 @@ def args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
     """The flags that a checkpoint of ours was trained with; {} for a released one."""
     try:
         stored = load_checkpoint(path)
-        return stored["args"] if "clip_config" in stored else {}
+        return stored["args"] if is_ours(stored) else {}
     except InputError as error:
         parser.error(str(error))
 
@@ -202,26 +202,9 @@ def checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *,
 
 def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipConfig]:
     """The method with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones."""
-    half = args.recipe == "reported"
     try:
         stored = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-        ours, released = "clip_config" in stored, bool(stored) and "clip_config" not in stored
-        if ours:
-            for flag, value in (("method", stored["args"].get("method", "narvid")),
-                                ("clip_model", stored["args"]["clip_model"])):
-                if getattr(args, flag) != value:
-                    raise InputError(f"{args.checkpoint}: a checkpoint of another model, --{flag} {value}, not "
-                                     f"{getattr(args, flag)}")
-            clip_config = clip.ClipConfig(**stored["clip_config"])
-            towers = clip.build_towers(clip_config, half=half)
-        else:
-            quick_gelu = True if released else args.quick_gelu  # released checkpoints descend from OpenAI's weights
-            merged = getattr(args, "merge_clip", 0)  # InternVideo averages its release with CLIP's weights
-            if merged and not (released and args.clip_pretrained):
-                raise InputError("--merge_clip averages a released --checkpoint with CLIP's weights: give both "
-                                 "--checkpoint and --clip_pretrained")
-            pretrained = None if released and not merged else args.clip_pretrained
-            towers, clip_config = clip.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
+        towers, clip_config = build_towers(args, stored)
         if args.max_words > clip_config.context_length:
             raise InputError(f"--max_words {args.max_words}: the text tower has {clip_config.context_length} positions")
         if args.max_frames > NarVidConfig.positions:
@@ -229,20 +212,22 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         if args.method == "narvid":
             model = NarVid(towers, NarVidConfig(clip_config.embed_dim, tuple(args.modules), args.temporal_layers,
                                                 dropout=args.dropout, temperature=args.temperature))
-            if not stored:
-                model.heads.start_from_text_tower(towers)
+            model.heads.start_from_text_tower(towers)
         else:
             model = METHODS[args.method](towers, clip_config, **flags_of_method(args))
-        if ours:
+        if is_ours(stored):
             clip.load_weights(model, stored["model"], source=args.checkpoint)
-        elif not released and clip_config.embed_dim != towers.positional_embedding.shape[1]:
+        elif stored and not hasattr(model, "load_release"):
+            raise InputError(f"{args.checkpoint}: no checkpoint of a run here, and {args.method} has no released form; "
+                             "name a run's best.pt")
+        elif stored:
+            model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, args.checkpoint)
+        elif clip_config.embed_dim != towers.positional_embedding.shape[1]:
             print("the text tower is not as wide as the joint dimension: what the method starts from its blocks starts "
                   "from random weights", file=sys.stderr)
-        if released:
-            model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, args.checkpoint)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if half:
+    if args.recipe == "reported":
         optim.to_half(towers)
     if args.freeze_towers:
         towers.requires_grad_(False)
@@ -251,6 +236,31 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         optim.freeze(towers, args.freeze_layers)
     towers.set_grad_checkpointing(args.grad_checkpointing)
     return model, clip_config
+
+
+def build_towers(args: argparse.Namespace, stored: dict) -> tuple[torch.nn.Module, clip.ClipConfig]:
+    """CLIP's towers, of the size that the checkpoint or --clip_model says, with CLIP's weights where they count."""
+    half = args.recipe == "reported"
+    if is_ours(stored):
+        for flag, value in (("method", stored["args"].get("method", "narvid")),
+                            ("clip_model", stored["args"]["clip_model"])):
+            if getattr(args, flag) != value:
+                raise InputError(f"{args.checkpoint}: a checkpoint of another model, --{flag} {value}, not "
+                                 f"{getattr(args, flag)}")
+        clip_config = clip.ClipConfig(**stored["clip_config"])
+        return clip.build_towers(clip_config, half=half), clip_config
+    merged = getattr(args, "merge_clip", 0)  # InternVideo averages its release with CLIP's weights
+    if merged and not (stored and args.clip_pretrained):
+        raise InputError("--merge_clip averages a released --checkpoint with CLIP's weights: give both --checkpoint "
+                         "and --clip_pretrained")
+    quick_gelu = True if stored else args.quick_gelu  # released checkpoints descend from OpenAI's weights
+    pretrained = None if stored and not merged else args.clip_pretrained
+    return clip.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
+
+
+def is_ours(stored: dict) -> bool:
+    """Whether a checkpoint was written by this trainer; a released one is a state dict."""
+    return "clip_config" in stored
 
 
 def flags_of_method(args: argparse.Namespace) -> dict:
