@@ -189,6 +189,16 @@ def test_fits_wants_both_events_in_order_and_ambiguous_counts_other_videos():
     )  # the second fits the first video
 
 
+def test_ambiguous_looks_at_every_caption_of_a_video():
+    truth = [demo.make_truth(0, number) for number in range(30)]
+    captions = [demo.make_queries(0, number, events) for number, events in enumerate(truth)]
+    vague = [[{"shape": mention.get("shape", "star")} for mention in mentions] for of in captions for _, mentions in of]
+    one_by_one = [any(demo.fits(mentions, events) for video, events in enumerate(truth) if video != query // 20)
+                  for query, mentions in enumerate(vague)]
+    assert len(vague) == 600 and 0 < sum(one_by_one) < 600
+    assert demo.ambiguous(vague, truth) == sum(one_by_one)
+
+
 # ---- the narration ----
 
 

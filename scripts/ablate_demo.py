@@ -1,0 +1,233 @@
+"""Tables 3, 4 and 11 of the paper on a corpus of the demo's generator: rows x seeds, each a run of its own, one table.
+
+  bash scripts/ablate_demo.sh                                       # makes corpora and towers first
+  python scripts/ablate_demo.py --seeds 1 2 3 --steps 60            # where they are there
+  python scripts/ablate_demo.py --on val --only cvh --seeds 1 --out runs/ablate_val/rate --clip_lr 1e-4
+
+Flags that are not listed below go to main_task_retrieval.py, for all rows. Runs that have ended are not run again.
+Here: which rows there are, in which order they run, the table. Not here: training (main_task_retrieval.py), reading
+ranks (compare_runs.py), statistics (narvid/metrics.py).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import main_task_retrieval as trainer
+from narvid import InputError
+from narvid.flags import count, positive
+from narvid.metrics import paired_bootstrap
+from narvid.run_dir import RunDir, load_checkpoint
+from scripts.compare_runs import read_ranks, read_side, spread
+
+MODULES = {name: ["--modules", *trainer.MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
+ROWS = MODULES | {  # run -> its flags beyond the preset, which switches all four modules on
+    "cvh": [], "none": ["--filter", "none"],
+    "top3": ["--filter", "topk", "--filter_k", "3"], "top4": ["--filter", "topk", "--filter_k", "4"],
+    "nucleus0.3": ["--filter_p", "0.3"], "nucleus0.4": ["--filter_p", "0.4"], "hard_nce": ["--hard_loss", "nce"],
+}  # fmt: skip
+SECONDS_A_RUN = 80  # of one core, 60 steps and 8,000 test queries (LOG.md)
+TABLES = {  # title -> (row, run, the paper's R@1 on MSR-VTT)
+    "Table 3: modules": [
+        ("frames alone", "frames", 44.5), ("+ NM", "nm", 48.6), ("+ CMI", "cmi", 49.5), ("+ QAF", "qaf", 50.4),
+        ("+ CVH", "cvh", 51.0)],
+    "Table 4: filters, all modules on": [
+        ("none", "none", 48.1), ("top 3", "top3", 50.3), ("top 4", "top4", 50.2), ("nucleus 0.3", "nucleus0.3", 50.3),
+        ("nucleus 0.4", "nucleus0.4", 51.0), ("nucleus, the preset's p", "cvh", None)],
+    "Table 11: losses, all else on": [
+        ("NCE", "qaf", 50.4), ("NCE + hard-negative NCE (Eq. 12)", "hard_nce", 50.9), ("NCE + CVH", "cvh", 51.0)],
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------- the runs
+
+
+def export_towers(run: Path, target: Path) -> None:
+    """The towers of a finished run as a bare state dict, which --clip_pretrained takes."""
+    if target.is_file():
+        return
+    if not (run / "best.pt").is_file():
+        raise InputError(f"{run / 'best.pt'}: the rows' common towers are not there; `bash scripts/ablate_demo.sh` "
+                         "trains them")
+    model = load_checkpoint(run / "best.pt")["model"]
+    unfinished = target.with_suffix(".tmp")
+    torch.save({key.removeprefix("clip."): value for key, value in model.items() if key.startswith("clip.")},
+               unfinished)
+    os.replace(unfinished, target)
+
+
+def take_pairs(corpus: Path, folder: Path, *, pairs: int, on: str) -> None:
+    """{train,test}.jsonl in `folder`: `pairs` training pairs, evenly taken, and the pairs of split `on` as test.
+
+    One epoch over them is the wanted number of steps. Choices are made with on = "val": then nothing can read test.
+    """
+    try:
+        splits = {name: (corpus / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+                  for name in ("train", on)}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); `bash scripts/ablate_demo.sh` makes "
+                         "the corpus") from error
+    every = splits["train"]
+    if pairs > len(every):
+        raise InputError(f"{corpus / 'train.jsonl'}: {len(every)} pairs, the steps take {pairs}; lower --steps or "
+                         "--batch_size, or make a larger corpus")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = {"train": [every[i * len(every) // pairs] for i in range(pairs)], "test": splits[on]}
+    for name, chosen in lines.items():
+        unfinished = folder / f".{name}.tmp"
+        unfinished.write_text("".join(chosen), encoding="utf-8")
+        os.replace(unfinished, folder / f"{name}.jsonl")
+
+
+def train(argv: list[str], threads: int) -> None:
+    """One run in a process of its own; InputError with the last thing it said where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, str(ROOT / "main_task_retrieval.py"), *argv], cwd=ROOT, env=environment,
+                          check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"{argv[argv.index('--output_dir') + 1]}: the run failed: {said[-1].removeprefix('error: ')}")
+
+
+def unfinished_runs(runs: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those that have not ended; InputError where a folder holds a run with other flags."""
+    return {name: argv for name, argv in runs.items()
+            if not RunDir(Path(argv[-1]), vars(trainer.parse_args(argv)), resume=True, writes=True).final_result()}
+
+
+def train_all(runs: dict[str, list[str]], *, jobs: int, threads: int) -> None:
+    """Every run that has not ended, `jobs` at a time; says how long it will take once the first one has ended."""
+    todo, start = unfinished_runs(runs), time.monotonic()
+    minutes = len(todo) * SECONDS_A_RUN / jobs / 60
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them ended; {len(todo)} to do, {jobs} at a time with "
+          f"{threads} thread(s) each: about {minutes:.0f} minutes on the machine of LOG.md", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(train, argv, threads): name for name, argv in todo.items()}
+        try:
+            for i, ended in enumerate(tqdm(as_completed(waiting), total=len(todo), desc="runs", unit="run")):
+                ended.result()
+                if i == 0:
+                    took = time.monotonic() - start
+                    tqdm.write(f"{waiting[ended]} took {took:.0f} s: about {took * len(todo) / jobs / 60:.0f} minutes "
+                               "for all")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those under way come to their end; the next call skips them
+            raise
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def table_of(title: str, rows: list[tuple], runs_of: dict[str, list[Path]], samples: int) -> list[str]:
+    """One table in markdown: mean and deviation over seeds, and what a row gains on the one above and on the first."""
+    columns = ("row", "R@1", "R@5", "R@10", "MdR", "S_qv R@1", "S_qn R@1", "kept", "R@1 - row above [95 %], p",
+               "R@1 - first row [95 %], p", "paper, MSR-VTT R@1")
+    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    hits = []  # (seeds, B) of each row so far: 100 where the rank is 1
+    for name, run, published in rows:
+        pairs, ranks, _ = read_side(runs_of[run], None)
+        video = np.array([video for video, _ in pairs])
+        hits.append(100.0 * (ranks <= 1))
+        cells = [spread(100.0 * (ranks <= k)).strip() for k in (1, 5, 10)]
+        cells += [f"{np.mean(np.median(ranks, axis=1)):g}", *of_views(runs_of[run])]
+        for other in (hits[-2:-1], hits[:1] if len(hits) > 2 else []):
+            cells.append(difference(other[0], hits[-1], video, samples) if other else "")
+        lines.append(f"| {' | '.join([name, *cells, '' if published is None else f'{published:.1f}'])} |")
+    return lines
+
+
+def of_views(runs: list[Path]) -> list[str]:
+    """R@1 of each view alone, and the mean frames and sentences that the filter keeps, over the seeds of a row."""
+    results = [RunDir(run, {}, resume=True, writes=False).final_result() for run in runs]
+    cells = []
+    for view in ("S_qv", "S_qn"):
+        seen = [result["metrics"][view]["text_to_video"]["R@1"] for result in results if view in result["metrics"]]
+        cells.append(f"{np.mean(seen):.1f}" if seen else "")
+    kept = [list(result["frames_kept"].values()) for result in results if "frames_kept" in result]
+    return [*cells, " / ".join(f"{mean:.2f}" for mean in np.mean(kept, axis=0)) if kept else ""]
+
+
+def difference(a: np.ndarray, b: np.ndarray, video: np.ndarray, samples: int) -> str:
+    found = paired_bootstrap(a, b, video, samples=samples)
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {found.p:.2g}"
+
+
+def report(runs_of: dict[str, list[Path]], args: argparse.Namespace) -> str:
+    """All tables whose rows have been run, with what they rest on."""
+    first = next(iter(runs_of.values()))
+    videos = [video for video, _ in read_ranks(first[0], None)[0]]
+    about = (f"Split {args.on}: {len(videos):,} queries, {len(set(videos))} videos (chance: R@1 "
+             f"{100 / len(set(videos)):.2f}); {len(args.seeds)} seed(s), {args.steps} steps, preset {args.config}"
+             + (f" with {' '.join(args.more)}" if args.more else "") + ". Text-to-video, S_fusion (frames alone: S_qv),"
+             " mean and standard deviation over seeds. Intervals: paired bootstrap over videos and seeds. Kept: frames "
+             "and sentences of a video that the filter keeps.")
+    lines = [f"# Ablations on {args.corpus}", "", about, ""]
+    shown = set()
+    for title, rows in TABLES.items():
+        if all(run in runs_of for _, run, _ in rows):
+            lines += [*table_of(title, rows, runs_of, args.samples), ""]
+            shown |= {run for _, run, _ in rows}
+    for name, runs in runs_of.items():
+        if name not in shown:  # of a table that is not complete
+            lines += [f"{name}: R@1 {spread(100.0 * (read_side(runs, None)[1] <= 1)).strip()}", ""]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Our flags; those of the trainer, unchecked, in `more`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", default="configs/ablate_demo.yaml", help="preset of all rows")
+    parser.add_argument("--corpus", type=Path, default=Path("demo_ablate"), help="prepared, with frames and narrations")
+    parser.add_argument("--towers", type=Path, default=Path("runs/ablate/towers"), help="the run that trained them")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs and ablation.md")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="runs")
+    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 2, 3], help="order, dropout, new weights")
+    parser.add_argument("--steps", type=positive, default=60, help="of each run")
+    parser.add_argument("--on", choices=["test", "val"], default="test", help="split that is evaluated; val to choose")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--threads", type=positive, default=1, help="of each run")
+    parser.add_argument("--samples", type=positive, default=10_000, help="of the bootstrap")
+    args, args.more = parser.parse_known_args(argv)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is not trained yet, print the tables, write them to ablation.md."""
+    args = parse_args(argv)
+    towers, data = args.towers / "towers.pt", args.out / f"pairs_{args.on}_{args.steps}"
+    export_towers(args.towers, towers)
+    common = ["--config", args.config, *args.more, "--data_dir", str(data), "--frames", str(args.corpus / "frames"),
+              "--narrations", str(args.corpus / "narrations.jsonl"), "--clip_pretrained", str(towers),
+              "--select_on", "last", "--resume", "auto"]
+    batch_size = trainer.parse_args([*common, "--output_dir", str(args.out)]).batch_size
+    take_pairs(args.corpus, data, pairs=args.steps * batch_size, on=args.on)
+    runs_of = {name: [args.out / f"{name}_seed{seed}" for seed in args.seeds] for name in args.only}
+    runs = {f"{name}, seed {seed}": [*common, *ROWS[name], "--seed", str(seed), "--output_dir", str(runs_of[name][i])]
+            for i, seed in enumerate(args.seeds) for name in args.only}  # all rows of a seed, then the next one's
+    train_all(runs, jobs=args.jobs, threads=args.threads)
+    text = report(runs_of, args)
+    print(text)
+    unfinished = args.out / ".ablation.tmp"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, args.out / "ablation.md")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
