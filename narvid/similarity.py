@@ -31,7 +31,7 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     fine score, nearly all of the work, are in half precision; the filter stays in float64.
     The filter's arguments are those of `filter_weights`.
     """
-    options = dict(method=method, p=p, k=k, temperature=temperature, fidelity=fidelity)
+    options = {"method": method, "p": p, "k": k, "temperature": temperature, "fidelity": fidelity}
     views = {"video": (videos.frames, videos.mask)}
     if videos.narration is not None:
         views["narration"] = (videos.narration, videos.narration_mask)
@@ -90,8 +90,8 @@ def _filter(cosine: Tensor, mask: Tensor, *, method: str, p: float, k: int | Non
 
     # Not -inf: a video without one real frame would turn into NaN here, in the value or in the gradient.
     padding = (~mask).double()[..., None] * torch.finfo(torch.float64).min  # (V, K, 1)
-    logits = padding.expand_as(cosine) if method == "uniform" else cosine / temperature + padding
-    weights = logits.softmax(dim=1)  # (V, K, B)
+    logits = torch.add(padding, cosine, alpha=0 if method == "uniform" else 1 / temperature)  # (V, K, B)
+    weights = logits.softmax(dim=1)
     if method == "nucleus":
         weights = weights * _keep(weights.detach(), *_nucleus(weights.detach(), p, fidelity))
     elif method == "topk":

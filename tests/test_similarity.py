@@ -10,8 +10,9 @@ import reference
 import torch
 
 from narvid.metrics import retrieval_metrics
-from narvid.model import Queries, Videos
-from narvid.similarity import filter_weights, match
+from narvid.model import Heads, NarVidConfig, Queries, Videos
+from narvid.similarity import _heaviest, filter_weights, match
+from scripts import bench_eval
 
 FIDELITIES = ["paper", "reported"]
 FILTERS = [
@@ -148,6 +149,28 @@ def test_top_k_keeps_k_or_what_there_is():
     assert (filter_weights(cosine, mask, method="topk", k=99) > 0).sum() == 2 * (5 + 2)
 
 
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("filtering", [{"p": p} for p in (0.05, 0.3, 0.4, 0.6, 0.95)] + FILTERS[2:3], ids=str)
+def test_of_equal_frames_the_earlier_stay(filtering, fidelity):
+    """Still shots: frames share a few cosines, and the border of the filter runs between equal ones."""
+    rng = np.random.default_rng(2)
+    cosine = torch.tensor(rng.choice([0.1, 0.15, 0.3], (6, 8, 12)))
+    mask = torch.tensor(rng.random((8, 12)) < 0.8)
+    got = filter_weights(cosine, mask, fidelity=fidelity, **filtering)
+    for b, v in np.ndindex(6, 8):
+        right = reference.filter_weights(cosine[b, v].numpy(), mask[v].numpy(), fidelity=fidelity, **filtering)
+        np.testing.assert_allclose(got[b, v].numpy(), right, rtol=TIGHT, atol=TIGHT)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 12, 33, 64])
+def test_the_heaviest_are_those_of_a_sort(frames):
+    weights = torch.rand(3, frames, 50, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
+    weights[:, frames // 2] = weights[:, 0]
+    right = weights.sort(dim=1, descending=True).values
+    for count in {1, min(2, frames), (2 * frames + 4) // 5, frames}:
+        assert torch.equal(torch.stack(_heaviest(weights, count), dim=1), right[:, :count])
+
+
 @pytest.mark.parametrize("wrong", [{"method": "median"}, {"method": "topk"}, {"fidelity": "exact"}], ids=str)
 def test_unknown_choices_are_refused(wrong):
     with pytest.raises(ValueError):
@@ -251,6 +274,56 @@ def test_block_size_changes_nothing(dtype, fidelity):
     whole = match(queries, videos, fidelity=fidelity)
     for block in (1, 3, 7, 100):
         assert_equal(match(queries, videos, fidelity=fidelity, block=block), whole, 1e-6)
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("block", [None, 2])
+def test_real_words_may_stand_anywhere(block, fidelity):
+    queries, videos = make(13, B=4, V=3, L=5)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    weights = (mask / mask.sum(dim=1, keepdim=True)).double()
+    queries = queries._replace(word_mask=mask, word_weights=weights)
+    got = match(queries, videos, fidelity=fidelity, block=block)
+    assert_equal(got, expected(queries, videos, fidelity=fidelity), TIGHT)
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_scores_with_and_without_gradient_are_the_same(fidelity):
+    """Without gradient the similarities are masked in place."""
+    queries, videos = make(14, B=5, V=6)
+    with_gradient = match(queries, videos._replace(frames=videos.frames.clone().requires_grad_()), fidelity=fidelity)
+    assert torch.equal(match(queries, videos, fidelity=fidelity)["video"], with_gradient["video"].detach())
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_autocast_reaches_the_fine_products_alone(fidelity):
+    queries, videos = make(15, B=20, V=30, K=6, L=5, D=64, dtype=torch.float32)
+    exact, coarse = (match(queries, videos, fidelity=fidelity, fine=fine) for fine in (True, False))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, half_coarse = (match(queries, videos, fidelity=fidelity, fine=fine, block=16) for fine in (True, False))
+    for view in exact:
+        assert half[view].dtype == torch.float32
+        assert 0 < (half[view] - exact[view]).abs().max() < 0.01  # a dropped frame would cost more
+    assert_equal(half_coarse, coarse, 1e-6)
+
+
+def test_the_fields_way_gives_the_same_scores():
+    """scripts/bench_eval.py measures ours against blocks that enhance again, pool in a loop and pad the words to 64."""
+    args = bench_eval.parse_args(["--queries", "40", "--videos", "30", "--dim", "64"])
+    raw = bench_eval.make_videos(args)
+    queries = bench_eval.make_queries(raw, 0, 40)
+    heads = Heads(NarVidConfig(dim=64)).eval()
+    with torch.no_grad():
+        blocks = bench_eval.field_block(heads, bench_eval.padded(queries), raw)
+        assert_equal(match(queries, heads.enhance(*raw), block=16), blocks, LOOSE)
+
+
+def test_the_bench_prints_what_it_compares(capsys, monkeypatch):
+    monkeypatch.setattr(bench_eval, "UNIT", 64)
+    bench_eval.main(["--queries", "70", "--videos", "65", "--dim", "64", "--sample", "1", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert "scaled to 70 x 65" in printed and "70 x 16" in printed
+    assert "0 of 8192 pairs differ by more than 1e-05" in printed
 
 
 def on_the_border(count, seed):
