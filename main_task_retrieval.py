@@ -394,16 +394,21 @@ def plain(model) -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunDir, *, final: bool = False) -> dict:
-    """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation."""
-    model = plain(model).eval()
-    split = splits[name]
+def encoding_of(model, args: argparse.Namespace, clip_config: clip.ClipConfig, world) -> Encoding:
+    """What the flags say about turning a split into features and scores."""
     if args.method == "narvid":
         score, views = partial(match, **matching(args)), ("video", "narration") if uses_narration(args) else ("video",)
     else:
         score, views = model.score, model.views
-    encoding = Encoding(clip_config.image_size, args.max_words, args.max_frames, args.eval_batch_size, args.num_workers,
-                        partial(autocast, args, world.device), score, views)
+    return Encoding(clip_config.image_size, args.max_words, args.max_frames, args.eval_batch_size, args.num_workers,
+                    partial(autocast, args, world.device), score, views)
+
+
+def evaluate(model, splits: dict, name: str, args, clip_config, world, run: RunDir, *, final: bool = False) -> dict:
+    """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation."""
+    model = plain(model).eval()
+    split = splits[name]
+    encoding = encoding_of(model, args, clip_config, world)
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
