@@ -1,7 +1,7 @@
 """How fast frames are read, and how soon training starts.
 
   python scripts/bench_frames.py --frames data/msrvtt/frames         frames a second of one core, several ways at once
-  python scripts/bench_frames.py --startup 10000 --corpus /tmp/fake  from start to first batch, on a corpus made there
+  python scripts/bench_frames.py --startup 10000 --corpus fake_corpus  from start to first batch, on a corpus made there
 
 The ways of reading take turns, round after round, in one thread; printed are medians of the rounds, and the median of
 the ratios to PIL with torchvision in the same round. "warm" counts the thread's processor time, so that others on the
