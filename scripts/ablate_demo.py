@@ -139,7 +139,7 @@ def table_of(title: str, rows: list[tuple], runs_of: dict[str, list[Path]], samp
         video = np.array([video for video, _ in pairs])
         hits.append(100.0 * (ranks <= 1))
         cells = [spread(100.0 * (ranks <= k)).strip() for k in (1, 5, 10)]
-        cells += [f"{np.mean(np.median(ranks, axis=1)):.1f}", *of_views(runs_of[run])]
+        cells += [f"{np.mean(np.median(ranks, axis=1)):.4g}", *of_views(runs_of[run])]
         for other in (hits[-2:-1], hits[:1] if len(hits) > 2 else []):
             cells.append(difference(other[0], hits[-1], video, samples) if other else "")
         lines.append(f"| {' | '.join([name, *cells, '' if published is None else f'{published:.1f}'])} |")
