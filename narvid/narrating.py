@@ -224,6 +224,7 @@ def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, those that exclude each other refused."""
     parser = Parser(prog="python -m narvid.captioners", allow_abbrev=False, description="Caption a folder of frames.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("frames")
