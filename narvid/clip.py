@@ -193,6 +193,12 @@ def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: str 
     module.load_state_dict(state)
 
 
+def load_released_towers(towers: CLIP, state: dict[str, Tensor], source: str | Path) -> None:
+    """The towers out of a released retrieval checkpoint, which keeps them under "clip."; else as `load_weights`."""
+    found = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
+    load_weights(towers, {key: value for key, value in found.items() if key not in ARCHIVE_KEYS}, source)
+
+
 def _architecture(name: str) -> dict:
     """The open_clip model config of a name or a .json file."""
     if name.endswith(".json"):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip import ARCHIVE_KEYS, encode_frames, encode_text, load_weights
+from .clip import encode_frames, encode_text, load_released_towers, load_weights
 
 MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-modal interaction, filtering, hard negatives
 
@@ -226,9 +226,7 @@ class NarVid(nn.Module):
         sentences (U, M): the distinct sentences of the batch, each encoded once; sentence_of_frame (V, K) says which of
         them stands beside each frame; narration_mask (V, K). All three None where narration matching is off.
         """
-        features = _widen(encode_frames(self.clip, frames[mask]))  # the real frames only
-        video = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
-        video[mask] = features
+        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # the real frames only
         narration = None
         if "NM" in self.heads.config.modules:
             eos, _ = encode_text(self.clip, sentences, words=False)  # (U, D)
@@ -237,9 +235,16 @@ class NarVid(nn.Module):
 
     def load_release(self, state: dict[str, Tensor], source: str) -> None:
         """A released checkpoint: CLIP under "clip.", the heads under the release's own names (FIELD_NOTES 9)."""
-        towers = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
-        load_weights(self.clip, {k: v for k, v in towers.items() if k not in ARCHIVE_KEYS}, source=source)
+        load_released_towers(self.clip, state, source=source)
         load_weights(self.heads, heads_from_release(state, source=source).state_dict(), source=source)
+
+
+def place_frames(features: Tensor, mask: Tensor) -> Tensor:
+    """The N real frames' features (N, D), in fp32 or wider, at their places of mask (V, K) -> (V, K, D); else zeros."""
+    features = _widen(features)
+    placed = features.new_zeros(*mask.shape, features.shape[-1])
+    placed[mask] = features
+    return placed
 
 
 # ------------------------------------------------------------------------------------------------ released weights

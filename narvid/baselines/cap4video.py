@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from .. import InputError, clip
 from ..flags import positive, share
 from ..losses import nce
-from ..model import CoAttentionStream, TemporalEncoder, _init_linear, _widen
+from ..model import CoAttentionStream, TemporalEncoder, _init_linear, _widen, place_frames
 
 TITLE_LAYERS = 2
 POSITIONS = 77  # of the temporal encoder, as many as CLIP's text tower has
@@ -178,9 +178,7 @@ class Cap4Video(nn.Module):
         titles (U, M): the distinct titles of the batch, each encoded once; title_of_slot (V, T) says which of them a
         video has, best first; title_mask (V, T).
         """
-        features = _widen(clip.encode_frames(self.clip, frames[mask]))  # the real frames only
-        video = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
-        video[mask] = features
+        video = place_frames(clip.encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         eos, _ = clip.encode_text(self.clip, titles, words=False)  # (U, D)
         video = self.enhance(video, _widen(eos)[title_of_slot], mask, title_mask)
         pooled = self.pool_titles(titles, title_of_slot, title_mask) if self.stage == "titles" else None

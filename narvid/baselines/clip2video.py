@@ -30,7 +30,7 @@ from ..clip import ARCHIVE_KEYS, ClipConfig, encode_frames, encode_text, load_we
 from ..flags import positive, share
 from ..fusion import Statistics
 from ..losses import nce
-from ..model import NarVidConfig, TemporalBlock, _init_linear, _widen
+from ..model import NarVidConfig, TemporalBlock, _init_linear, _widen, place_frames
 
 
 class Queries(NamedTuple):
@@ -98,9 +98,7 @@ class CLIP2Video(nn.Module):
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None = None,
                       sentence_of_frame: Tensor | None = None, narration_mask: Tensor | None = None) -> Videos:
         """frames (V, K, 3, H, W) uint8, mask (V, K) -> Videos; sentences are not looked at."""
-        features = _widen(encode_frames(self.clip, frames[mask]))  # the real frames only
-        video = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
-        video[mask] = features
+        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         return self.enhance(video, mask)
 
     def enhance(self, frames: Tensor, mask: Tensor) -> Videos:

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import InputError, clip, losses
 from ..flags import positive
-from ..model import NarVidConfig, TemporalEncoder, _init_linear, _widen
+from ..model import NarVidConfig, TemporalEncoder, _init_linear, _widen, place_frames
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 TILE = 32  # side of the square of pairs that tightTransf scores at once: 3 GiB in training at D 512, K 12, 4 blocks
@@ -147,9 +147,7 @@ class CLIP4Clip(nn.Module):
         if self.head == "tightTransf" and mask.shape[1] >= NarVidConfig.positions:
             raise InputError(f"--max_frames {mask.shape[1]}: --head tightTransf has {NarVidConfig.positions} positions "
                              f"and the query takes one; take {NarVidConfig.positions - 1} frames or fewer")
-        features = _widen(self._encode_frames(frames, mask))
-        x = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
-        x[mask] = features
+        x = place_frames(self._encode_frames(frames, mask), mask)  # (V, K, D)
         if self.head == "tightTransf":
             return Videos(x, mask)
         if self.head == "seqLSTM":

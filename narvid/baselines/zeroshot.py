@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import clip
-from ..model import _widen
+from ..model import _widen, place_frames
 from .clip4clip import Queries, mean_pool
 
 
@@ -57,9 +57,7 @@ class ZeroShot(nn.Module):
 
         sentences (U, M), sentence_of_frame (V, K) and narration_mask (V, K) as in NarVid; None without a narration.
         """
-        features = _widen(clip.encode_frames(self.clip, frames[mask]))
-        video = features.new_zeros(*mask.shape, features.shape[-1])  # (V, K, D)
-        video[mask] = features
+        video = place_frames(clip.encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         narration = None
         if "narration" in self.views:
             eos = _widen(clip.encode_text(self.clip, sentences, words=False)[0])  # (U, D)
@@ -73,6 +71,4 @@ class ZeroShot(nn.Module):
 
     def load_release(self, state: dict, source: str) -> None:
         """The towers of any released checkpoint that keeps them under "clip."; what it trained on top is left out."""
-        state = state.get("state_dict", state)
-        towers = {key.removeprefix("clip."): value.float() for key, value in state.items() if key.startswith("clip.")}
-        clip.load_weights(self.clip, {k: v for k, v in towers.items() if k not in clip.ARCHIVE_KEYS}, source=source)
+        clip.load_released_towers(self.clip, state.get("state_dict", state), source=source)
