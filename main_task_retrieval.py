@@ -83,8 +83,10 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="autocast of recipe modern")
     g.add_argument("--epochs", type=positive, default=5)
     g.add_argument("--batch_size", type=positive, default=64, help="pairs of one optimiser step, over all processes")
+    g.add_argument("--micro_batch", type=count, default=0,
+                   help="pairs a process encodes at a time, each twice; the loss is that of the whole batch; 0: all")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1,
-                   help="micro-batches of a step; negatives come from the micro-batch")
+                   help="parts of a step with a loss each; negatives come from the part alone (see --micro_batch)")
     g.add_argument("--lr", type=number, default=1e-4, help="peak rate of everything but CLIP")
     g.add_argument("--clip_lr", type=number, help="peak rate of CLIP [reported 1e-7; modern 1e-6, cited and not tuned]")
     g.add_argument("--weight_decay", type=number, default=0.2, help="the family's 0.2")
@@ -169,6 +171,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.select_on = args.select_on or (untold if args.eval_only else "val" if has_val else "last")
     if args.select_on == "val" and not has_val and not args.eval_only:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
+    if args.micro_batch and getattr(args, "head", None) == "tightTransf":
+        parser.error("--micro_batch needs a score without parameters, which tightTransf has not")
     if args.eval_every and args.select_on == "last" and not args.eval_only:
         parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
     if args.eval_only and not args.checkpoint and method != "zeroshot":
@@ -329,12 +333,14 @@ def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, o
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def loss_parts(model, queries, videos, scale, video_index, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Eq. 10 as named parts to be summed: NCE of each view and, with CVH, alpha times the hard-negative loss."""
+def loss_parts(model, similarity, scale, video_index, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Eq. 10 as named parts to be summed: NCE of each view and, with CVH, alpha times the hard-negative loss.
+
+    similarity {view: (B, B)} of the global batch, whose pair i is of video video_index[i].
+    """
     exclude = video_index[:, None] == video_index[None, :] if args.exclude_same_video else None
     if args.method != "narvid":
-        return model.loss(model.score(queries, videos), scale, exclude)
-    similarity = match(queries, videos, **matching(args))
+        return model.loss(similarity, scale, exclude)
     half = 0.5 if args.fidelity == "paper" and "narration" in similarity else 1.0  # Eq. 5's 1/2; the release has none
     parts = {f"nce_{view}": half * losses.nce(s, scale, exclude) for view, s in similarity.items()}
     if "CVH" in args.modules:
@@ -348,23 +354,28 @@ def loss_parts(model, queries, videos, scale, video_index, args: argparse.Namesp
 
 
 def train_step(model, batches: list, optimizer, scaler, where: str, split, args, world) -> dict[str, float]:
-    """One optimiser step over the micro-batches of one global batch -> the mean of each loss part."""
+    """One optimiser step over the parts of one global batch that have a loss each -> the mean of each loss part."""
     totals: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        batch = batch.to(world.device)
-        with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
-            with autocast(args, world.device):
-                queries, videos, scale = model(batch.tokens, batch.word_mask, batch.frames, batch.mask, batch.sentences,
-                                               batch.sentence_of_frame, batch.narration_mask)
-            queries, videos = distributed.gather_features(queries, videos)
-            parts = loss_parts(plain(model), queries, videos, scale, distributed.gather(batch.video), args)
-            loss = sum(parts.values())
-            stop_unless_finite(loss, f"the loss at {where}", batch, split)
-            scaler.scale(loss / len(batches)).backward()
+
+    def loss_of(batch, queries, videos, scale) -> torch.Tensor:
+        """This rank's features -> the loss of the whole batch, on every rank; scaled for backward."""
+        # Every rank scores its queries with all videos, then the rows meet: words stay where they are.
+        videos = distributed.gather_features(videos)
+        score = partial(match, **matching(args)) if args.method == "narvid" else plain(model).score
+        similarity = {view: distributed.gather(s) for view, s in score(queries, videos).items()}
+        video_index = distributed.gather(batch.video.to(world.device))
+        parts = loss_parts(plain(model), similarity, scale, video_index, args)
+        loss = sum(parts.values())
+        stop_unless_finite(loss, f"the loss at {where}", batch, split)
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.item() / len(batches)
+        return scaler.scale(loss / len(batches))
+
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        backward = backward_in_parts if 0 < args.micro_batch < len(batch.video) else backward_at_once
+        backward(model, batch, partial(loss_of, batch), args, world, reduce=last)
     scaler.unscale_(optimizer)
     norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
     if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
@@ -376,6 +387,51 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
     with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
         plain(model).clip.logit_scale.clamp_(max=np.log(100))
     return totals
+
+
+def encode(model, batch, args, world) -> tuple:
+    """A batch -> queries, videos and logit scale."""
+    batch = batch.to(world.device)
+    with autocast(args, world.device):
+        return model(batch.tokens, batch.word_mask, batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
+                     batch.narration_mask)
+
+
+def backward_at_once(model, batch, loss_of, args, world, *, reduce: bool) -> None:
+    """Adds the gradient of loss_of(queries, videos, scale) to the parameters; `reduce`: then the mean over ranks."""
+    with contextlib.nullcontext() if reduce or world.size == 1 else model.no_sync():
+        loss_of(*encode(model, batch, args, world)).backward()
+
+
+def backward_in_parts(model, batch, loss_of, args, world, *, reduce: bool) -> None:
+    """The same gradient with the memory of --micro_batch pairs (gradient cache, Gao et al. 2021).
+
+    1. Encode all without a graph. 2. The loss's gradient with respect to the features. 3. Encode part by part again and
+    go on backward from there. Dropout is the same in 1 and 3; its noise is another than `backward_at_once` would draw.
+    """
+    parts, seed = batch.split(args.micro_batch), torch.initial_seed()
+
+    def encode_part(k: int, module) -> tuple:
+        torch.manual_seed((seed + k) % 2 ** 63)
+        return encode(module, parts[k], args, world)
+
+    def leaf(column: tuple) -> torch.Tensor | None:
+        return None if column[0] is None else torch.cat(column).requires_grad_(column[0].is_floating_point())
+
+    with torch.no_grad():
+        encoded = [encode_part(k, plain(model)) for k in range(len(parts))]
+    queries, videos = (type(same[0])(*map(leaf, zip(*same))) for same in list(zip(*encoded))[:2])
+    scale = encoded[0][2].clone().requires_grad_()
+    loss_of(queries, videos, scale).backward()
+
+    for k in range(len(parts)):
+        last = k == len(parts) - 1
+        with contextlib.nullcontext() if last and reduce or world.size == 1 else model.no_sync():
+            of_queries, of_videos, of_scale = encode_part(k, model)
+            pairs = [(x, whole.grad.split(args.micro_batch)[k])
+                     for x, whole in zip([*of_queries, *of_videos], [*queries, *videos])
+                     if x is not None and x.requires_grad and whole.grad is not None]
+            torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))
 
 
 def stop_unless_finite(value: torch.Tensor, what: str, batch, split) -> None:

@@ -129,7 +129,12 @@ def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
 
 
 def encode_frames(towers: CLIP, frames: Tensor) -> Tensor:
-    """frames (N, 3, H, W) uint8 -> (N, D). Normalises here, so that the loader and the bus carry bytes."""
+    """frames (N, 3, H, W) uint8 -> (N, D). Normalises here, so that the loader and the bus carry bytes.
+
+    (N, D) are features already, of the feature cache, and go through as they are.
+    """
+    if frames.ndim == 2:
+        return frames
     dtype = towers.visual.conv1.weight.dtype
     return towers.visual(((frames - towers.pixel_mean) / towers.pixel_std).to(dtype))
 
@@ -139,7 +144,10 @@ def encode_text(towers: CLIP, tokens: Tensor, *, words: bool = True) -> tuple[Te
 
     T may be anything up to the context length: positions and causal mask are cut, so the cost is that of the words
     present. What stands after the end token cannot reach it through the causal mask. `words=False` skips the words.
+    What is floating is features already, eos and then words (N, 1 + T, D) of the feature cache.
     """
+    if tokens.is_floating_point():
+        return tokens[:, 0], tokens[:, 1:] if words else None
     length = tokens.shape[1]
     dtype = towers.transformer.get_cast_dtype()
     x = towers.token_embedding(tokens).to(dtype) + towers.positional_embedding[:length].to(dtype)  # (N, T, width)

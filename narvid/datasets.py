@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import open_clip
@@ -27,6 +27,9 @@ from tqdm import tqdm
 from . import InputError
 from .frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from .narrations import Narration, join
+
+if TYPE_CHECKING:
+    from .feature_cache import Features
 
 
 class Split(NamedTuple):
@@ -41,6 +44,7 @@ class Split(NamedTuple):
     skipped: list[str]  # videos left out for want of a narration
     missing: int  # videos of the official split that the prepare script had to drop, in all splits together
     titles: list[list[str]] | None = None  # V lists of sentences about the whole video; they stand in for `sentences`
+    features: Features | None = None  # of the feature cache; items and batches then hold them, not pixels and tokens
 
 
 class Item(NamedTuple):
@@ -48,7 +52,7 @@ class Item(NamedTuple):
 
     item: int  # index of the query in training, of the video in evaluation
     video: int  # index of the video
-    frames: Tensor  # (K_v, 3, H, W) uint8
+    frames: Tensor  # (K_v, 3, H, W) uint8, or features (K_v, D)
     places: list[int]  # K_v: where these frames stand in split.picks[video], and their sentences in split.sentences
 
 
@@ -57,17 +61,29 @@ class Batch(NamedTuple):
 
     item: Tensor  # (N,) index of the query in training, of the video in evaluation
     video: Tensor  # (N,) index of the video
-    tokens: Tensor | None  # (B, L); None in evaluation, where queries and videos are encoded apart
+    tokens: Tensor | None  # (B, L), or features (B, 1 + L, D), eos first; None in evaluation: queries are encoded apart
     word_mask: Tensor | None  # (B, L)
-    frames: Tensor  # (V, K, 3, H, W) uint8
+    frames: Tensor  # (V, K, 3, H, W) uint8, or features (V, K, D)
     mask: Tensor  # (V, K)
-    sentences: Tensor | None  # (U, M) tokens: each distinct sentence once
+    sentences: Tensor | None  # (U, M) tokens, or features (U, 1, D): each distinct sentence once
     sentence_of_frame: Tensor | None  # (V, K) index into sentences; of a split with titles (V, T), its most titles
     narration_mask: Tensor | None  # (V, K), or (V, T)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+    def split(self, size: int) -> list[Batch]:
+        """A training batch in parts of at most `size` pairs, each with the sentences of its own videos alone."""
+        parts = []
+        for rows in torch.arange(len(self.video)).split(size):
+            part = self._replace(**{name: x[rows] for name, x in self._asdict().items()
+                                    if x is not None and name != "sentences"})
+            if self.sentences is not None:
+                used, number = part.sentence_of_frame.unique(return_inverse=True)
+                part = part._replace(sentences=self.sentences[used], sentence_of_frame=number)
+            parts.append(part)
+        return parts
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -210,6 +226,8 @@ class FrameDataset(Dataset):
         video = int(self.video_of_item[i])
         picks = self.split.picks[video]
         places = self._draw(i, video) if self.segments else list(range(len(picks)))
+        if self.split.features is not None:
+            return Item(i, video, self.split.features.of_video(video)[places], places)
         if self.cached is not None and self.filled[video]:
             return Item(i, video, self.cached[video, :len(picks)], places)
         paths = frame_paths(self.split.frames_dir, self.split.videos[video], [picks[place] for place in places])
@@ -238,7 +256,8 @@ def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int,
         mask[row, :len(x.frames)] = True
     tokens = word_mask = told = sentences = sentence_of_frame = narration_mask = None
     if with_queries:
-        tokens, word_mask = tokenize([split.queries[i] for i in item.tolist()], max_words)
+        queries = [split.queries[i] for i in item.tolist()]
+        tokens, word_mask = split.features.of_queries(queries) if split.features else tokenize(queries, max_words)
     if split.titles is not None:
         told = [split.titles[x.video] for x in items]
     elif split.sentences is not None:
@@ -253,7 +272,8 @@ def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int,
                 if sentence is not None:
                     sentence_of_frame[row, k] = number.setdefault(sentence, len(number))
                     narration_mask[row, k] = True
-        sentences, _ = tokenize(list(number), max_words)
+        texts = list(number)
+        sentences = split.features.of_sentences(texts) if split.features else tokenize(texts, max_words)[0]
     return Batch(item, video, tokens, word_mask, frames, mask, sentences, sentence_of_frame, narration_mask)
 
 

@@ -80,23 +80,9 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if x.is_floating_point() else torch.cat(_all_gather(x))
 
 
-def gather_features(queries: NamedTuple, videos: NamedTuple) -> tuple[NamedTuple, NamedTuple]:
-    """The local part of a batch -> the global batch, with gradient.
-
-    Fields of `queries` whose name starts with "word" run along words, axis 1: padded to the longest query of all ranks.
-    """
-    if not dist.is_initialized():
-        return queries, videos
-    fields = queries._asdict()
-    along_words = [name for name, x in fields.items() if name.startswith("word") and x is not None]
-    if along_words:
-        length = torch.tensor(fields[along_words[0]].shape[1], device=queries[0].device)
-        dist.all_reduce(length, dist.ReduceOp.MAX)
-        for name in along_words:
-            x = fields[name]
-            fields[name] = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, int(length) - x.shape[1]))
-    return (type(queries)(*(None if x is None else gather(x) for x in fields.values())),
-            type(videos)(*(None if x is None else gather(x) for x in videos)))
+def gather_features(features: NamedTuple) -> NamedTuple:
+    """The features of each rank's part of a batch -> those of the whole batch, with gradient."""
+    return type(features)(*(None if x is None else gather(x) for x in features))
 
 
 def share(n: int, world: World) -> range:
@@ -113,6 +99,31 @@ def collect(part: Tensor, n: int, world: World) -> Tensor:
     padded[:len(part)] = part
     parts = _all_gather(padded)
     return torch.cat([x[:len(share(n, world._replace(rank=rank)))] for rank, x in enumerate(parts)])
+
+
+def join_columns(scores: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Each rank's columns, {view: (B, its part of V)} on the CPU -> {view: (B, V)} on rank 0; elsewhere {}."""
+    if world.size == 1:
+        return scores
+    columns = total(len(next(iter(scores.values())).T), world)
+    widths = [len(share(columns, world._replace(rank=rank))) for rank in range(world.size)]
+    whole = {}
+    for view, part in scores.items():
+        padded = torch.nn.functional.pad(part, (0, max(widths) - part.shape[1])).to(world.device)
+        parts = [torch.empty_like(padded) for _ in widths] if world.rank == 0 else None
+        dist.gather(padded, parts)
+        if world.rank == 0:
+            whole[view] = torch.cat([x[:, :width].cpu() for x, width in zip(parts, widths)], dim=1)
+    return whole
+
+
+def total(count: int, world: World) -> int:
+    """The sum of all ranks' counts."""
+    if world.size == 1:
+        return count
+    summed = torch.tensor(count, device=world.device)
+    dist.all_reduce(summed)
+    return int(summed)
 
 
 def agree(error: str | None, world: World) -> str | None:

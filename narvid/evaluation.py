@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import InputError, fusion
 from .datasets import FrameDataset, Split, collate, make_loader, tokenize
-from .distributed import World, collect, share
+from .distributed import World, agree, collect, join_columns, share, total
 from .metrics import retrieval_metrics
 from .model import Videos
 from .similarity import filter_weights
@@ -40,7 +40,10 @@ class Encoding(NamedTuple):
 
 @torch.no_grad()
 def encode_videos(model, split: Split, encoding: Encoding, world: World) -> NamedTuple:
-    """Every video of the split once -> the method's features of all V videos (NarVid: Videos), on every rank."""
+    """This rank's share of the split's videos -> the method's features of them (NarVid: Videos), in their order.
+
+    No rank ever holds all videos: the queries travel, and they are smaller.
+    """
     mine = share(len(split.videos), world)
     dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.image_size)
     batches = [list(mine)[i:i + encoding.batch_size] for i in range(0, len(mine), encoding.batch_size)]
@@ -53,35 +56,50 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Name
         with encoding.autocast():
             parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
                                              batch.narration_mask))
-    return type(parts[0])(*(None if column[0] is None else collect(torch.cat(column), len(split.videos), world)
-                            for column in zip(*parts)))
+    return _cat(parts)
 
 
 @torch.no_grad()
 def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encoding,
                   world: World) -> dict[str, Tensor]:
-    """Every query once, with all videos -> {view: (B, V)}, fp32 on rank 0's CPU; elsewhere {}."""
-    mine = share(len(queries), world)
-    tokens, word_mask = tokenize(queries[mine.start:mine.stop], encoding.max_words)
-    scores = {view: torch.zeros(len(mine), len(videos[0])) for view in encoding.views}
+    """Every query once, with all videos -> {view: (B, V)}, fp32 on rank 0's CPU; elsewhere {}.
+
+    videos: this rank's share, of `encode_videos`. Encoding the queries is shared too, and each scores all of them.
+    """
+    tokens, word_mask = tokenize(queries, encoding.max_words)
+    scores = {view: torch.zeros(len(queries), len(videos[0])) for view in encoding.views}
     order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
     # Several batches go to one `score`, which prepares the videos anew in every call. Its tiles hold few enough pairs
     # for a CPU's cache, and on a GPU enough of them to be worth a kernel.
     block = (4 if world.device.type == "cuda" else 2) * encoding.batch_size
-    chunks = order.split(16 * encoding.batch_size) if len(mine) else ()  # split makes one empty part of nothing
-    for rows in tqdm(chunks, desc="score queries", unit="chunk", leave=False, disable=world.rank > 0):
-        length = int(word_mask[rows].sum(dim=1).max())
+    for rows in tqdm(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
+                     disable=world.rank > 0):
+        encoded = _encode_queries(model, tokens[rows], word_mask[rows], encoding, world)
         with encoding.autocast():
-            parts = [model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
-                     for some in rows.split(encoding.batch_size)]
-        encoded = type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
-        for view, part in encoding.score(encoded, videos, block=block).items():
-            scores[view][rows] = part.float().cpu()
-    if not all(part.isfinite().all() for part in scores.values()):
-        raise InputError("the scores are not finite, the weights have diverged: lower the learning rates, or evaluate "
-                         "an earlier checkpoint")
-    whole = {view: collect(part.to(world.device), len(queries), world) for view, part in scores.items()}
-    return {view: s.cpu() for view, s in whole.items()} if world.rank == 0 else {}
+            for view, part in encoding.score(encoded, videos, block=block).items():
+                scores[view][rows] = part.float().cpu()
+    finite = all(part.isfinite().all() for part in scores.values())
+    error = None if finite else ("the scores are not finite, the weights have diverged: lower the learning rates, or "
+                                 "evaluate an earlier checkpoint")
+    if error := agree(error, world):
+        raise InputError(error)
+    return join_columns(scores, world)
+
+
+def _encode_queries(model, tokens: Tensor, word_mask: Tensor, encoding: Encoding, world: World) -> NamedTuple:
+    """tokens, word_mask (B, L) -> the method's features of these queries on every rank; each encodes its share."""
+    length = int(word_mask.sum(dim=1).max())  # the same on all ranks, whatever their shares
+    mine = share(len(tokens), world)
+    rows = torch.arange(mine.start, mine.stop) if mine else torch.zeros(1, dtype=torch.long)  # no tower takes nothing
+    with encoding.autocast():
+        encoded = _cat([model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
+                        for some in rows.split(encoding.batch_size)])
+    return type(encoded)(*(None if x is None else collect(x[:len(mine)], len(tokens), world) for x in encoded))
+
+
+def _cat(parts: list[NamedTuple]) -> NamedTuple:
+    """Features of batches -> those of all, field by field."""
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
 
 
 @torch.no_grad()
@@ -89,7 +107,8 @@ def frames_kept(model, queries: list[str], videos: Videos, encoding: Encoding, w
                 **filter_options) -> dict[str, float]:
     """Table 4's numbers in parentheses: how many frames, and sentences, the filter keeps of a video, mean over pairs.
 
-    Of at most 1,000 queries, evenly taken, with every video. filter_options: those of similarity.filter_weights.
+    Of at most 1,000 queries, evenly taken, with every video. videos: this rank's share. filter_options: those of
+    similarity.filter_weights.
     """
     queries = queries[::-(-len(queries) // 1000)]
     views = {"video": (F.normalize(videos.frames.double(), dim=-1), videos.mask)}
@@ -103,7 +122,8 @@ def frames_kept(model, queries: list[str], videos: Videos, encoding: Encoding, w
         for view, (features, mask) in views.items():
             cosine = torch.einsum("bd,vkd->bvk", F.normalize(eos.double(), dim=-1), features)
             kept[view] += int((filter_weights(cosine, mask, **filter_options) > 0).sum())
-    return {view: count / (len(queries) * len(videos.mask)) for view, count in kept.items()}
+    pairs = total(len(queries) * len(videos.mask), world)
+    return {view: total(count, world) / pairs for view, count in kept.items()}
 
 
 def combine(scores: dict[str, Tensor], weight: float,

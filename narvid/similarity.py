@@ -211,18 +211,62 @@ def _fine(words: Tensor, word_weights: Tensor, frames: Tensor, weights: Tensor, 
 
     word_weights (L, B) and the filter's weights (V, K, B): 0 for padded words, padded and dropped frames.
     """
-    similarity = torch.einsum("vkd,lbd->vklb", frames, words)  # (V, K, L, B)
-    best_word = similarity.flatten(0, 1).amax(dim=1).view_as(weights)  # (V, K, B); twice as fast on three axes
-
-    kept = weights.detach().sign().to(similarity.dtype)[:, :, None]  # (V, K, 1, B): 1 or 0
-    place = None if similarity.requires_grad else similarity
-    if fidelity == "reported":  # masked by multiplication: what is dropped or padded competes with similarity 0
-        best_word = best_word.clamp_min(0)
-        best_frame = torch.mul(similarity, kept, out=place).amax(dim=1).clamp_min(0)  # (V, L, B)
+    kept = weights.detach().sign().to(frames.dtype)  # (V, K, B): 1 or 0
+    best_word, best_frame = _Maxima.apply(words, frames, kept, fidelity)
+    if fidelity == "reported":  # what is dropped or padded competes with similarity 0
+        best_word, best_frame = best_word.clamp_min(0), best_frame.clamp_min(0)
     else:
-        best_frame = torch.add(similarity, kept - 1, alpha=4, out=place).amax(dim=1)  # a cosine less 4 never wins
-        best_frame = best_frame * kept.amax(dim=1)  # a video without one real frame scores 0
+        best_frame = best_frame * kept.amax(dim=1)[:, None]  # a video without one real frame scores 0
     words_to_frames = (word_weights * best_frame).sum(dim=1)  # s_W2F
     frames_to_words = (weights * best_word).sum(dim=1)  # s_F2W
     total = words_to_frames + frames_to_words
     return total / 2 if fidelity == "reported" else total
+
+
+class _Maxima(torch.autograd.Function):
+    """The two maxima over s = frames x words: over words (V, K, B), and over the kept frames (V, L, B).
+
+    A maximum's gradient needs to know where it stands. Autograd would keep s and its masked copy for that; computing
+    the product again costs less than the memory, which grows with the square of the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, words: Tensor, frames: Tensor, kept: Tensor, fidelity: str) -> tuple[Tensor, Tensor]:
+        """words (L, B, D), frames (V, K, D), kept (V, K, B) 1 or 0."""
+        ctx.save_for_backward(words, frames, kept)
+        ctx.fidelity = fidelity
+        maxima = []
+        for rows in _tiles(words, frames):
+            s = torch.einsum("vkd,lbd->vklb", frames[rows], words)
+            best_word = s.flatten(0, 1).amax(dim=1).view(kept[rows].shape)  # twice as fast on three axes
+            maxima.append((best_word, _drop(s, kept[rows], fidelity).amax(dim=1)))
+        return maxima[0] if len(maxima) == 1 else tuple(torch.cat(parts) for parts in zip(*maxima))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_word: Tensor, of_frame: Tensor):
+        """Each maximum hands its gradient to where it stands, in equal parts to several such places."""
+        words, frames, kept = ctx.saved_tensors
+        to_words, to_frames = torch.zeros_like(words), torch.empty_like(frames)
+        for rows in _tiles(words, frames):
+            s = torch.einsum("vkd,lbd->vklb", frames[rows], words)
+            there = (s == s.amax(dim=2, keepdim=True)).to(s.dtype)
+            gradient = there * (of_word[rows] / there.sum(dim=2))[:, :, None]
+            dropped = _drop(s, kept[rows], ctx.fidelity)
+            there = (dropped == dropped.amax(dim=1, keepdim=True)).to(s.dtype)
+            gradient += there * (of_frame[rows] / there.sum(dim=1))[:, None] * kept[rows][:, :, None]
+            to_words += torch.einsum("vklb,vkd->lbd", gradient, frames[rows])
+            to_frames[rows] = torch.einsum("vklb,lbd->vkd", gradient, words)
+        return to_words, to_frames, None, None
+
+
+def _tiles(words: Tensor, frames: Tensor) -> list[slice]:
+    """Videos in parts of about 16 million similarities."""
+    videos = max(1, 2 ** 24 // (frames.shape[1] * words.shape[0] * words.shape[1] + 1))
+    return [slice(start, start + videos) for start in range(0, max(1, len(frames)), videos)]
+
+
+def _drop(s: Tensor, kept: Tensor, fidelity: str) -> Tensor:
+    """s (V, K, L, B), in place: a dropped frame's similarities become 0, or in "paper" too low to be a maximum."""
+    kept = kept[:, :, None]
+    return s.mul_(kept) if fidelity == "reported" else s.add_(kept - 1, alpha=4)

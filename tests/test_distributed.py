@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
 from narvid import distributed
-from narvid.model import Queries, Videos
+from narvid.model import Videos
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,9 @@ def write_step(argv, out):
     world = distributed.start()
     step = tiny.first_step(argv, world.rank, world.size)
     step.model.double()
+    for module in step.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     model = DistributedDataParallel(step.model) if world.size > 1 else step.model
     parts = tiny.take_step(step, model, world)
     gradients = {name: p.grad for name, p in step.model.named_parameters() if p.requires_grad}
@@ -45,6 +48,7 @@ def write_step(argv, out):
 
 VARIANTS = {"hinge": ["--exclude_same_video"],
             "nce": ["--hard_loss", "nce", "--exclude_same_video", "--freeze_layers", -1],
+            "in parts": ["--exclude_same_video", "--micro_batch", 3, "--gradient_accumulation_steps", 2],
             "accumulated": ["--exclude_same_video", "--gradient_accumulation_steps", 2, "--grad_checkpointing"],
             "baseline": ["--modules"],
             "tightTransf": ["--method", "clip4clip", "--head", "tightTransf", "--batch_size", 8],
@@ -65,14 +69,14 @@ def alone(corpus, weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("world_size, variant",
-                         [(2, "hinge"), (4, "hinge"), (2, "nce"), (2, "accumulated"), (2, "baseline"),
+                         [(2, "hinge"), (4, "hinge"), (2, "nce"), (2, "accumulated"), (2, "in parts"), (2, "baseline"),
                           (2, "tightTransf"), (2, "clip2video")])
 def test_loss_and_every_gradient_equal_those_of_one_process(alone, tmp_path, world_size, variant):
     argv, expected = alone[variant]
     run_ranks(world_size, write_step, argv, tmp_path / "step", log=tmp_path / "log")
     ranks = [torch.load(tmp_path / f"step.{rank}") for rank in range(world_size)]
 
-    assert len({r["length"] for r in ranks}) > 1  # the ranks' longest queries differ: they are padded before the gather
+    assert len({r["length"] for r in ranks}) > 1  # the ranks' longest queries differ: words are never gathered
     if "--exclude_same_video" in argv:
         assert len(expected["videos"].unique()) < len(expected["videos"])  # a video twice in the batch: it matters
     assert expected["gradients"].keys() and all(g.abs().max() < 1e6 for g in expected["gradients"].values())
@@ -82,6 +86,18 @@ def test_loss_and_every_gradient_equal_those_of_one_process(alone, tmp_path, wor
         for name, gradient in expected["gradients"].items():
             assert gradient.dtype == torch.float64
             torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["hinge", "nce", "baseline", "clip2video"])
+def test_encoding_in_parts_gives_the_gradient_of_the_whole_batch(alone, tmp_path, variant):
+    """--micro_batch: the negatives stay those of the whole batch, whatever the parts (16 = 5 + 5 + 5 + 1)."""
+    argv, expected = alone[variant]
+    write_step([*argv, "--micro_batch", "5"], tmp_path / "step")
+    got = torch.load(tmp_path / "step.0")
+    assert got["parts"] == pytest.approx(expected["parts"], rel=1e-9)
+    assert got["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(got["gradients"][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------- the helpers
@@ -114,8 +130,8 @@ def test_one_process_needs_no_group():
     world = distributed.start()
     assert (world.rank, world.size) == (0, 1) and not torch.distributed.is_initialized()
     x = torch.rand(3, 2)
-    queries, videos = Queries(x, x, x, None), Videos(x, None, x, None)
-    assert distributed.gather_features(queries, videos) == (queries, videos)
+    videos = Videos(x, None, x, None)
+    assert distributed.gather_features(videos) == videos
     assert distributed.gather(x) is x and distributed.collect(x, 3, world) is x
     assert distributed.agree("no", world) == "no"
 
