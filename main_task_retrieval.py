@@ -355,7 +355,7 @@ def loss_parts(model, similarity, scale, video_index, args: argparse.Namespace) 
 
 def train_step(model, batches: list, optimizer, scaler, where: str, split, args, world) -> dict[str, float]:
     """One optimiser step over the parts of one global batch that have a loss each -> the mean of each loss part."""
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
 
     def loss_of(batch, queries, videos, scale) -> torch.Tensor:
@@ -366,11 +366,9 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         similarity = {view: distributed.gather(s) for view, s in score(queries, videos).items()}
         video_index = distributed.gather(batch.video.to(world.device))
         parts = loss_parts(plain(model), similarity, scale, video_index, args)
-        loss = sum(parts.values())
-        stop_unless_finite(loss, f"the loss at {where}", batch, split)
         for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + value.item() / len(batches)
-        return scaler.scale(loss / len(batches))
+            totals[name] = totals.get(name, 0) + value.detach().double() / len(batches)
+        return scaler.scale(sum(parts.values()) / len(batches))
 
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -378,15 +376,17 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         backward(model, batch, partial(loss_of, batch), args, world, reduce=last)
     scaler.unscale_(optimizer)
     norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
+    *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # where the CPU waits for the GPU, once
+    stop_unless_finite(sum(values), f"the loss at {where}", batches, split, world)
     if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
-        stop_unless_finite(norm, f"the gradient at {where}", batch, split)
+        stop_unless_finite(norm, f"the gradient at {where}", batches, split, world)
     scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batch, split)
+        stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batches, split, world)
     with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
         plain(model).clip.logit_scale.clamp_(max=np.log(100))
-    return totals
+    return dict(zip(totals, values))
 
 
 def encode(model, batch, args, world) -> tuple:
@@ -434,12 +434,13 @@ def backward_in_parts(model, batch, loss_of, args, world, *, reduce: bool) -> No
             torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))
 
 
-def stop_unless_finite(value: torch.Tensor, what: str, batch, split) -> None:
+def stop_unless_finite(value: float, what: str, batches: list, split, world) -> None:
     """Loss and gradient norm are the same on all ranks, so all stop; last.pt stays as it is."""
-    if not torch.isfinite(value):
-        names = [split.videos[v] for v in distributed.gather(batch.video).tolist()]
-        raise InputError(f"{what} is {value.item()}; videos of the batch: {', '.join(names)}. The last good checkpoint "
-                         "is kept; lower the learning rates or look at these videos")
+    if not np.isfinite(value):
+        index = distributed.gather(torch.cat([batch.video for batch in batches]).to(world.device))
+        names = ", ".join(split.videos[v] for v in index.tolist())
+        raise InputError(f"{what} is {value}; videos of the batch: {names}. The last good checkpoint is kept; "
+                         "lower the learning rates or look at these videos")
 
 
 def plain(model) -> torch.nn.Module:
@@ -535,7 +536,9 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
     run.open(tensorboard=args.tensorboard, step=progress["global_step"])
-    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    # The only buffers are constants; gradients as views save their size once more.
+    wrapped = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False,
+                                                                    gradient_as_bucket_view=True)
     run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
             f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
 
