@@ -3,6 +3,7 @@
 Where everything is float64 and nothing is random, "equal" means to 1e-9; the requirement is 1e-5. N items, W processes.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
 from narvid import distributed
-from narvid.model import Videos
+from narvid.evaluation import Encoding, score_queries
+from narvid.model import Queries, Videos
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,6 +118,12 @@ def check_helpers():
             got = distributed.collect(x[mine.start:mine.stop], n, world)
             assert got.dtype == x.dtype and torch.equal(got, x)
     assert torch.equal(distributed.gather(torch.tensor([world.rank, 7])), torch.tensor([0, 7, 1, 7, 2, 7]))
+    for columns in (3, 4, 8):
+        whole = torch.rand(5, columns, generator=torch.Generator().manual_seed(0))
+        mine = distributed.share(columns, world)
+        joined = distributed.join_columns({"video": whole[:, mine.start:mine.stop]}, world)
+        assert torch.equal(joined["video"], whole) if world.rank == 0 else joined == {}
+        assert distributed.total(len(mine), world) == columns
     told = distributed.agree("rank 1 has no disk" if world.rank == 1 else None, world)
     assert told == "rank 1 has no disk"
     assert distributed.agree(None, world) is None
@@ -124,6 +132,35 @@ def check_helpers():
 
 def test_share_collect_gather_agree(tmp_path):
     run_ranks(3, check_helpers, log=tmp_path / "log")
+
+
+class LengthModel:
+    """A query's feature is the number of its words; a score is that number times the video's."""
+
+    def encode_queries(self, tokens, word_mask):
+        assert len(tokens)  # no tower takes an empty batch
+        return Queries(word_mask.sum(dim=1, keepdim=True).float(), tokens[..., None].float(), word_mask, None)
+
+
+def check_scores_of_few_queries():
+    """On one of three ranks: two queries, five videos; one rank has no query of its own and still scores both."""
+    world = distributed.start()
+    mine = distributed.share(5, world)
+    videos = Videos(torch.arange(1.0, 6)[mine.start:mine.stop, None, None], None, None, None)
+
+    def score(queries, videos, block):
+        assert len(queries.eos) == 2 and queries.words.shape[1] == 5
+        return {"video": queries.eos @ videos.frames[:, 0].T}
+
+    encoding = Encoding(32, 20, 6, 4, 0, contextlib.nullcontext, score, ("video",))
+    scores = score_queries(LengthModel(), ["a red boat", "boat"], videos, encoding, world)
+    expected = torch.tensor([[5.0], [3.0]]) * torch.arange(1.0, 6)
+    assert torch.equal(scores["video"], expected) if world.rank == 0 else scores == {}
+    distributed.stop()
+
+
+def test_fewer_queries_than_ranks_are_scored_with_all_videos(tmp_path):
+    run_ranks(3, check_scores_of_few_queries, log=tmp_path / "log")
 
 
 def test_one_process_needs_no_group():
