@@ -9,6 +9,10 @@ Legend: N frames or texts, T tokens of a text (start and end included), D joint 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+import sysconfig
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +24,9 @@ from open_clip.model import CLIP
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+
+from . import InputError
+from .profiling import stage
 
 ARCHIVE_KEYS = ("input_resolution", "context_length", "vocab_size")  # only OpenAI's own archives carry them
 
@@ -128,6 +135,38 @@ def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
     return towers
 
 
+def compile_blocks(towers: CLIP, device: torch.device, *, backend: str = "inductor") -> None:
+    """torch.compile for the residual blocks of both towers, in place: parameters keep their names.
+
+    Block by block, because equal blocks share one compiled form and DDP, gradient checkpointing and the lengths around
+    them stay plain Python. Sizes are symbolic from the start: with every new batch the number of texts and tokens
+    changes. InputError where this machine lacks what the default backend builds with.
+    """
+    if backend == "inductor":
+        _check_compiler(device)
+    # A form each for frames or text, training or evaluation, the lowest block (whose input needs no gradient) or
+    # another, frozen or not; beyond the limit torch would run blocks as they are.
+    torch._dynamo.config.cache_size_limit = 32
+    torch._dynamo.config.optimize_ddp = False  # would cut each block at DDP's bucket size; blocks are small enough
+    for block in [*towers.visual.transformer.resblocks, *towers.transformer.resblocks]:
+        block.compile(backend=backend, dynamic=True)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """InputError unless inductor's C++ (on a CPU) or Triton's launchers (on a GPU) can be built here."""
+    if device.type == "cuda":
+        wanted, compilers = "gcc or clang", [os.environ.get("CC"), "gcc", "clang", "cc"]
+    else:
+        wanted, compilers = "g++", [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if not any(name and shutil.which(name) for name in compilers):
+        raise InputError(f"--compile: torch.compile needs a C++ compiler and finds no {wanted} here; install it or "
+                         "leave --compile out")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise InputError(f"--compile: torch.compile needs Python's headers and finds no Python.h in "
+                         f"{sysconfig.get_path('include')}; install them (python3-dev) or leave --compile out")
+
+
+@stage("towers")
 def encode_frames(towers: CLIP, frames: Tensor) -> Tensor:
     """frames (N, 3, H, W) uint8 -> (N, D). Normalises here, so that the loader and the bus carry bytes.
 
@@ -139,6 +178,7 @@ def encode_frames(towers: CLIP, frames: Tensor) -> Tensor:
     return towers.visual(((frames - towers.pixel_mean) / towers.pixel_std).to(dtype))
 
 
+@stage("towers")
 def encode_text(towers: CLIP, tokens: Tensor, *, words: bool = True) -> tuple[Tensor, Tensor | None]:
     """tokens (N, T), zero-padded after the end token -> eos (N, D) and every projected word (N, T, D).
 

@@ -2,12 +2,13 @@
 
   python scripts/bench_frames.py --frames data/msrvtt/frames         frames a second of one core, several ways at once
   python scripts/bench_frames.py --startup 10000 --corpus fake_corpus  from start to first batch, on a corpus made there
+  python scripts/bench_frames.py --startup 10000 --corpus fake_corpus --epoch --size 32   memory of the loader's workers
 
 The ways of reading take turns, round after round, in one thread; printed are medians of the rounds, and the median of
 the ratios to PIL with torchvision in the same round. "warm" counts the thread's processor time, so that others on the
 machine hardly matter; "cold" counts the clock, the files' pages having been dropped before (posix_fadvise; names and
 inodes stay in memory, which no program can drop for itself). The fake corpus has small pictures: it counts files.
-Needs Linux.
+--epoch goes through all its pairs with decoded frames in shared memory, so that it takes minutes. Needs Linux.
 
 Here: measuring. Not here: the reading itself (narvid/frames.py, narvid/datasets.py).
 """
@@ -37,7 +38,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.datasets import FrameDataset, PairSampler, Split, collate, make_loader
+from narvid.datasets import FrameDataset, PairSampler, Split, collate, make_loader, tokenize
 from narvid.distributed import World
 from narvid.flags import count, positive
 from narvid.frames import frame_paths, load_frame_index, read_frames
@@ -45,6 +46,9 @@ from narvid.narrations import load_narrations
 
 K = 12  # frames read together: those of a video
 REFERENCE = "PIL + torchvision, to floats"
+SENTENCE = ("The picture shows a man and a woman who stand next to each other in a kitchen and prepare a meal. Both "
+            "look at what they do; the man holds a knife and cuts vegetables on a wooden board. Around them several "
+            "bowls, cups and bottles stand on the table.")  # as long as an answer to prompt C
 
 # ------------------------------------------------------------------------------------------------- ways of reading
 
@@ -121,6 +125,20 @@ def bench_reading(paths: list[str], size: int, rounds: int, *, cold: bool) -> No
     for name, each in seconds.items():
         ratio = np.median(np.array(seconds[REFERENCE]) / each)
         print(f"{name:34} {1 / np.median(each):8.0f}   {1000 * np.median(each):10.3f}   {ratio:11.2f}")
+
+
+def bench_text(rounds: int) -> None:
+    """Print what the loader spends on words, beside its frames: a sentence of every frame and a query."""
+    print(f"\n{'words, warm':34}   texts/s    ms a text")
+    for name, text in (("a sentence", SENTENCE), ("a query", "a man and a woman are cooking in a kitchen")):
+        seconds = []
+        for number in range(rounds):
+            texts = [f"{text} {number} {i}" for i in range(200)]
+            start = time.thread_time()
+            tokens, _ = tokenize(texts, 77)
+            seconds.append((time.thread_time() - start) / len(texts))
+        each = np.median(seconds)
+        print(f"{f'{name}, {tokens.shape[1]} tokens':34} {1 / each:9.0f} {1000 * each:12.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------- the loader
@@ -213,6 +231,25 @@ def bench_startup(corpus: Path, size: int, workers: int, sampling: str, *, cold:
         print(f"{clock:7.1f} {processor:7.1f}   {name}")
 
 
+def bench_epoch(corpus: Path, size: int, workers: int) -> None:
+    """Print the memory that each worker has to itself while an epoch goes by.
+
+    Python counts references inside its objects, so a worker that only reads a string gets a copy of its page: memory
+    grows until every page of the split was touched, and then no more.
+    """
+    args = trainer.parse_args(["--data_dir", str(corpus), "--output_dir", "unused"])
+    train = trainer.load_data(args, World(0, 1, torch.device("cpu")))["train"]
+    sampler = PairSampler(len(train.queries), args.batch_size, rank=0, world_size=1, seed=args.seed)
+    dataset = FrameDataset(train, train.video_of_query, size, cache=True)
+    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    shown = {max(1, round(sampler.steps * part)) for part in (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)}
+    print(f"\n{workers} workers, {len(train.queries)} pairs\n   pairs   MB of its own, each worker")
+    for step, _ in enumerate(make_loader(dataset, to_batch, sampler, num_workers=workers), 1):
+        if step in shown:
+            memory = (f"{private_memory(process.pid):.1f}" for process in multiprocessing.active_children())
+            print(f"{step * args.batch_size:8}   {' '.join(memory)}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -224,6 +261,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--startup", type=positive, metavar="VIDEOS", help="measure the start with so many videos")
     parser.add_argument("--corpus", type=Path, help="with --startup: folder to make the corpus in, or that has it")
     parser.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform", help="with --startup")
+    parser.add_argument("--epoch", action="store_true", help="with --startup: memory during an epoch instead")
     parser.add_argument("--size", type=positive, default=224, help="side in pixels")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--max_videos", type=positive, default=100, help="of --frames")
@@ -242,7 +280,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.startup:
             if not (args.corpus / "test.jsonl").exists():
                 make_corpus(args.corpus, args.startup)
-            for workers, cold in itertools.product(args.num_workers, (False, True)):
+            for workers in args.num_workers if args.epoch else ():
+                bench_epoch(args.corpus, args.size, workers)
+            for workers, cold in itertools.product(() if args.epoch else args.num_workers, (False, True)):
                 bench_startup(args.corpus, args.size, workers, args.frame_sampling, cold=cold)
             return
         times = dict(list(load_frame_index(args.frames).items())[:args.max_videos])
@@ -254,6 +294,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"{sum(map(os.path.getsize, paths)) / len(paths) / 1000:.1f} kB each -> {args.size} x {args.size}")
         for cold in (False, True):
             bench_reading(paths, args.size, args.rounds, cold=cold)
+        bench_text(args.rounds)
         print()
         for workers in args.num_workers:
             bench_loader(times, args.frames, args.size, workers, epochs=6)

@@ -1,0 +1,17 @@
+"""Search your own videos by sentence: `python -m narvid.search index | query | serve`.
+
+  database.py    one SQLite file: locks, threads, transactions, its errors in words
+  store.py       the index on disk: what lies in that file, a transaction a video file
+  embedding.py   a trained model, or plain CLIP: pictures, sentences and queries -> features -> scores
+  stage_one.py   nearest vectors among very many (FAISS)
+  engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
+  reading.py     which files, their frames as jpgs, windows; worker processes without torch
+  telling.py     the sentences of frames: a captioner, a narration file, or none
+  build.py       folder of files -> index; goes on where it stopped, notices what has changed
+  server.py      the page (page.html) and its JSON API
+  guard.py       who may ask the server
+  __main__.py    the flags
+
+Only embedding.py knows the trainer. Nothing is imported here, so that a worker process
+that decodes needs no torch.
+"""

@@ -1,0 +1,281 @@
+"""A trained model, or plain CLIP, behind a few functions: texts and frames -> features, features -> scores.
+
+The only file here that knows the trainer: the model is built by it, encodes as in evaluation and scores with
+evaluation's own functions, so that what is searched is what was measured. No index, no files of the user.
+
+Legend: B queries, V videos (of a search: windows), K frames of a video and sentences of its narration, L words, D joint
+dimension, S stage-one vectors of a video, W their width (D a view), P = S W. Masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import InputError, distributed
+from ..baselines import clip4clip, zeroshot
+from ..baselines.clip4clip import mean_pool
+from ..datasets import Item, Split, collate, tokenize
+from ..evaluation import Encoding
+from ..model import Queries, Videos
+from ..run_dir import load_checkpoint
+from ..similarity import filter_weights, match
+
+FEATURES = {"narvid": Videos, "zeroshot": zeroshot.Videos, "clip4clip": clip4clip.Videos}  # what can be searched with
+BLOCK = 128  # side of the tiles of pairs that are scored at once, as in evaluation; bounds memory
+ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is heard
+AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
+
+
+class Embedder:
+    """What a search asks of a model.
+
+    max_frames (K), image_size: how frames are picked and read. views: keys of `score`, "video" and perhaps "narration".
+    narration: whether sentences are heard. weight: of S_qv in Eq. 11. settings: plain values that say which model this
+    is, to be stored with an index.
+    """
+
+    def __init__(self, model: torch.nn.Module, encoding: Encoding, settings: dict, *, device: torch.device,
+                 hears: bool):
+        """hears: the model wants sentences, be they used or not."""
+        self.model, self.encoding, self.settings, self.device = model.eval(), encoding, settings, device
+        self.max_frames, self.image_size = encoding.max_frames, encoding.image_size
+        self.narration, self.weight = settings["narration"], settings["fusion_weight"]
+        self.views = ("video", "narration") if self.narration else ("video",)
+        self._hears, self._matching, self._features = hears, settings["matching"], FEATURES[settings["method"]]
+
+    @classmethod
+    def load(cls, checkpoint: str | Path | None, *, clip_model: str = "ViT-B-32", clip_pretrained: str = "openai",
+             narration: bool | None = None, device: str | None = None) -> Embedder:
+        """checkpoint: a run's folder or best.pt, or a released NarVid file (of clip_model's architecture).
+
+        None is plain CLIP, clip_model with the weights clip_pretrained (open_clip's tag, or a file). narration False:
+        sentences are masked and S_qv alone counts, whatever the model was trained with; None: as it was trained.
+        InputError for a file that is no checkpoint, or one of a method that cannot be searched with.
+        """
+        import main_task_retrieval as trainer
+
+        path = Path(checkpoint) if checkpoint is not None else None
+        path = path / "best.pt" if path is not None and path.is_dir() else path
+        argv = ["--eval_only", "--output_dir", "unused", "--num_workers", "0"]
+        if path is None:
+            argv += ["--method", "zeroshot", "--clip_model", clip_model, "--clip_pretrained", clip_pretrained]
+            argv += ["--no-use_narration"] if narration is False else []
+        else:
+            ours = trainer.is_ours(load_checkpoint(path))
+            argv += ["--checkpoint", str(path)] + ([] if ours else ["--clip_model", clip_model])
+        try:
+            args = trainer.parse_args(argv)
+        except SystemExit as error:  # the trainer's flags end the process, a library must not
+            raise InputError(str(error).removeprefix("error: ")) from error
+        if args.method not in FEATURES or getattr(args, "head", "") == "tightTransf":
+            raise InputError(f"{path}: {args.method}{' --head tightTransf' if args.method in FEATURES else ''} cannot "
+                             f"be searched with, only {', '.join(FEATURES)} (no tightTransf) can; give another "
+                             "--checkpoint")
+        model, clip_config = trainer.build_model(args)
+        hears = trainer.uses_narration(args)
+        if narration and not hears:
+            raise InputError(f"{path}: this model was trained without a narration; leave the captioner and the "
+                             "narrations out")
+        world = distributed.start()
+        world = world._replace(device=torch.device(device)) if device else world
+        encoding = trainer.encoding_of(model, args, clip_config, world)
+        matching = trainer.matching(args) if args.method == "narvid" else None
+        settings = {"method": args.method, "checkpoint": None if path is None else str(path.resolve()),
+                    "weights": weights_digest(model), "clip_model": args.clip_model, "image_size": encoding.image_size,
+                    "dim": clip_config.embed_dim,
+                    "max_frames": args.max_frames, "max_words": args.max_words, "recipe": args.recipe,
+                    "precision": args.precision, "narration": hears and narration is not False,
+                    "fusion_weight": args.fusion_weight, "matching": matching}
+        return cls(model.to(world.device), encoding, settings, device=world.device, hears=hears)
+
+    def check(self, settings: dict, index: str | Path) -> None:
+        """InputError unless this is the model that made an index with these settings (where its files lie is free)."""
+        names = [k for k in self.settings if k not in ("checkpoint", "clip_model")
+                 and self.settings[k] != settings.get(k)]
+        if names:
+            told = ", ".join(f"{k} {_short(settings.get(k))} there, {_short(self.settings[k])} here" for k in names[:3])
+            model = f"--checkpoint {settings['checkpoint']}" if settings.get("checkpoint") else "no --checkpoint"
+            raise InputError(f"{index}: this index was made with another model ({told}); give {model}, or make another "
+                             "index")
+
+    # ------------------------------------------------------------------------------------------------------- encoding
+
+    @torch.no_grad()
+    def queries(self, texts: list[str]) -> NamedTuple:
+        """Texts -> the method's features of B queries (NarVid: Queries)."""
+        tokens, word_mask = (x.to(self.device) for x in tokenize(texts, self.encoding.max_words))
+        with self.encoding.autocast():
+            return _joined([self.model.encode_queries(t, m) for t, m in zip(
+                tokens.split(self.encoding.batch_size), word_mask.split(self.encoding.batch_size))])
+
+    @torch.no_grad()
+    def videos(self, frames: list[Tensor], sentences: list[list[str | None]] | None = None) -> NamedTuple:
+        """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each -> features of V videos.
+
+        sentences None, or a None among them: there is no such sentence. They are padded and masked as in evaluation.
+        """
+        told = sentences if self.narration and sentences is not None else [[None] * len(x) for x in frames]
+        split = Split([], np.zeros(0, int), [], Path(), [], told if self._hears else None, [], 0)
+        items = [Item(v, v, x, list(range(len(x)))) for v, x in enumerate(frames)]
+        parts = []
+        for start in range(0, len(items), self.encoding.batch_size):
+            batch = collate(items[start:start + self.encoding.batch_size], split=split, with_queries=False,
+                            max_words=self.encoding.max_words, max_frames=self.max_frames)
+            if self._hears and not len(batch.sentences):  # the tower wants a text to read; the mask hides it
+                batch = batch._replace(sentences=tokenize([""], self.encoding.max_words)[0])
+            batch = batch.to(self.device)
+            with self.encoding.autocast():
+                parts.append(self.model.encode_videos(batch.frames, batch.mask, batch.sentences,
+                                                      batch.sentence_of_frame, batch.narration_mask))
+        videos = _joined(parts)
+        masked = isinstance(videos, Videos) and not self.narration  # ZeroShot has a flag for it
+        return videos._replace(narration=None, narration_mask=None) if masked else videos
+
+    def like(self, videos: NamedTuple) -> dict[str, NamedTuple]:
+        """{view: queries that look for videos like these}: the frames ask the frames, the sentences the sentences.
+
+        Scored as a text, at both grains: the eos is the mean of the normalised real frames (sentences), these are the
+        words, all of one weight. But nothing is filtered: with uniform weights on either side a video's twin has the
+        highest score there is. Methods other than NarVid compare their pooled features.
+        """
+        pooled = self._pooled(videos)
+        if not isinstance(videos, Videos):
+            return {view: clip4clip.Queries(eos) for view, eos in pooled.items()}
+        queries = {}
+        for view, (features, mask) in self._views_of(videos).items():
+            weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
+            some = mask.any(dim=1, keepdim=True)  # without a sentence one word of no weight stands in
+            queries[view] = Queries(pooled[view], features, torch.where(some, mask, _first(mask)),
+                                    weights.to(features.dtype))
+        return queries
+
+    def told(self, videos: NamedTuple) -> np.ndarray:
+        """(V,) whether a video has a sentence that is heard; without one only its frames can be scored."""
+        if not self.narration:
+            return np.zeros(len(videos[0]), dtype=bool)
+        has = videos.narration_mask if isinstance(videos, Videos) else videos.narration != 0
+        return has.any(dim=1).cpu().numpy()
+
+    # -------------------------------------------------------------------------------------------------------- scoring
+
+    @torch.no_grad()
+    def score(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, Tensor]:
+        """Evaluation's score of all pairs, {view: (B, V)} in fp32 on the CPU; that of `like` without the filter."""
+        if not isinstance(queries, dict):
+            scores = self.encoding.score(queries, videos, block=BLOCK)
+        else:
+            score = partial(match, **self._matching_of(queries)) if self._matching else self.encoding.score
+            scores = {view: score(of_view, videos, block=BLOCK)[view] for view, of_view in queries.items()}
+        return {view: s.float().cpu() for view, s in scores.items()}
+
+    @torch.no_grad()
+    def filter_weights(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, np.ndarray] | None:
+        """What each query looks at, {view: (B, V, K)}, 0 where the filter drops; None for a method without a filter."""
+        if self._matching is None:
+            return None
+        options = {name: value for name, value in self._matching_of(queries).items() if name != "fine"}
+        weights = {}
+        for view, (features, mask) in self._views_of(videos).items():
+            eos = F.normalize(_of_view(queries, view).eos.double(), dim=-1)
+            cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
+            weights[view] = filter_weights(cosine, mask, **options).cpu().numpy()
+        return weights
+
+    def _matching_of(self, queries: AnyQueries) -> dict:
+        """Arguments of similarity.match for texts, or for videos that look for others."""
+        return self._matching | {"method": "uniform"} if isinstance(queries, dict) else self._matching
+
+    # ------------------------------------------------------------------------------------------------------ stage one
+
+    def pool_videos(self, videos: NamedTuple) -> np.ndarray:
+        """(V, P) float32: one or more stage-one vectors a video, side by side; `vectors_of` takes them apart.
+
+        NarVid: a vector a frame, the normalised frame and the normalised sentence beside it (where there is none, the
+        mean of the narration); all 0 in padding. The filter and the fine score look at single frames, and a mean over
+        them finds far fewer of the exact best (docs/scaling.md). Other methods: their pooled features, one vector.
+        A video without a sentence has 0 in the narration's part.
+        """
+        parts = [*self._pooled(videos).values()]
+        if isinstance(videos, Videos):
+            views = self._views_of(videos).values()
+            parts = [torch.where(mask[..., None], F.normalize(x, dim=-1), mean[:, None])  # (V, K, D)
+                     for (x, mask), mean in zip(views, parts)]
+            parts = [x * videos.mask[..., None] for x in parts]
+        return torch.cat(parts, dim=-1).flatten(1).float().cpu().numpy()
+
+    def vectors_of(self, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `pool_videos` made, (V, P) -> stage-one vectors (V, S, W), and (V,) whether a video has a sentence."""
+        vectors = pooled.reshape(len(pooled), -1, len(self.views), self.settings["dim"])
+        told = vectors[:, :, -1].any(axis=(1, 2)) if self.narration else np.zeros(len(pooled), dtype=bool)
+        return vectors.reshape(*vectors.shape[:2], -1), told
+
+    def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics) -> np.ndarray:
+        """(B, W) float32, whose product with a stage-one vector is Eq. 11 of its cosines, up to a constant.
+
+        statistics: mean and standard deviation of S_qv, and of S_qn; the latter scales each view's part, as its weight
+        does.
+        """
+        parts = []
+        weights = (self.weight, 1 - self.weight) if self.narration else (1.0,)
+        for view, of_view, weight in zip(self.views, statistics, weights):
+            std = of_view[1] if of_view else 0.0
+            scale = weight / std if std > 0 else 0.0
+            parts.append(scale * F.normalize(_of_view(queries, view).eos.float(), dim=-1))
+        return torch.cat(parts, dim=1).cpu().numpy()
+
+    def _pooled(self, videos: NamedTuple) -> dict[str, Tensor]:
+        """{view: (V, D)} of length 1."""
+        if not isinstance(videos, Videos):
+            return {view: getattr(videos, view) for view in self.views}
+        return {view: mean_pool(*features) for view, features in self._views_of(videos).items()}
+
+    def _views_of(self, videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
+        """{view: features (V, K, D), mask (V, K)}."""
+        both = {"video": (videos.frames, videos.mask), "narration": (videos.narration, videos.narration_mask)}
+        return {view: both[view] for view in self.views}
+
+    # -------------------------------------------------------------------------------------------------------- storing
+
+    def pack(self, videos: NamedTuple) -> dict[str, np.ndarray | None]:
+        """Features as arrays for the store, float32 or bool, V rows each."""
+        return {name: None if x is None else x.cpu().numpy() for name, x in zip(videos._fields, videos)}
+
+    def unpack(self, arrays: dict[str, np.ndarray | None]) -> NamedTuple:
+        """What `pack` made -> features on the device."""
+        return self._features(**{name: None if x is None else torch.as_tensor(x, device=self.device)
+                                 for name, x in arrays.items()})
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names and values of all weights: the same for the same model, wherever its file lies."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(parts: list[NamedTuple]) -> NamedTuple:
+    """Batches of features, one below the other."""
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+
+
+def _first(mask: Tensor) -> Tensor:
+    """True in the first column alone."""
+    return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
+
+
+def _of_view(queries: AnyQueries, view: str) -> NamedTuple:
+    return queries[view] if isinstance(queries, dict) else queries
+
+
+def _short(value) -> str:
+    """A setting in a message; of a digest the beginning."""
+    return value[:12] if isinstance(value, str) else str(value)

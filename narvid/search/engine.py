@@ -1,0 +1,350 @@
+"""A query -> candidates (stage one) -> evaluation's exact scores (stage two) -> answers, each with its reasons.
+
+Here: which windows are scored, Eq. 11 with the statistics of the index, the order, overlapping windows. Not here: the
+model (embedding.py), nearest vectors (stage_one.py), what is stored (store.py).
+
+A pair where nothing is told, because the window has no sentence or the query is a picture, is scored by 2 z(S_qv):
+Eq. 11 with all its weight on the view that there is.
+
+Legend: B queries, n windows in hand, K frames of a window and sentences of its narration.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import InputError, fusion
+from ..frames import pick_frames, read_frames
+from .embedding import AnyQueries, Embedder, ViewStatistics
+from .reading import cut, frames_between, read_video
+from .stage_one import TRAINING, StageOne
+from .store import Store, Window
+
+CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
+BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views
+TOGETHER = 64  # queries scored at a time
+SAMPLE = (256, 1024)  # queries and windows whose pairs make the statistics of Eq. 11
+
+
+class Seen(NamedTuple):
+    """A frame of an answer and its sentence, with what the filter lets the query look at; 0 is dropped."""
+
+    number: int
+    time: float
+    sentence: str | None
+    frame_weight: float
+    sentence_weight: float
+
+
+class Answer(NamedTuple):
+    """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts."""
+
+    rank: int
+    file: int
+    window: int
+    path: str
+    start: float
+    end: float
+    score: float
+    s_video: float
+    s_narration: float | None  # None where nothing is told
+    frames: list[Seen]
+    why: str
+
+
+class _Scores(NamedTuple):
+    """Of B queries with n windows."""
+
+    fused: np.ndarray  # (B, n), Eq. 11
+    video: np.ndarray  # (B, n)
+    narration: np.ndarray | None  # (B, n)
+    both: np.ndarray  # (B, n) whether the narration counts
+
+
+class _Windows(NamedTuple):
+    """The windows of the store at one moment."""
+
+    change: int
+    ids: np.ndarray  # rising
+    stage: StageOne | None  # None where all windows are candidates
+    inside: np.ndarray | None  # (N,) which of stage one's windows still are; None: all
+    new: np.ndarray  # ids that stage one does not know yet: always candidates
+
+
+class Engine:
+    """Searches one index with the model that made it (InputError for another). candidates: of stage two, a query."""
+
+    def __init__(self, store: Store, embedder: Embedder, *, candidates: int = CANDIDATES):
+        embedder.check(store.settings, store.path)
+        self.store, self.embedder, self.candidates = store, embedder, candidates
+        self._lock, self._windows, self._measured = threading.Lock(), None, None
+
+    def search(self, queries: list[str], **same) -> list[list[Answer]]:
+        """The best windows for each query.
+
+        Keywords, the same in every way to search: top (10): how many answers, fewer where there are fewer; folder
+        (relative to the videos folder), min_seconds, max_seconds (the file's length): what lies outside is left out
+        before anything is ranked; exact (False): every window is a candidate. Of windows of one file that overlap only
+        the best is an answer.
+        """
+        found = []
+        for start in range(0, len(queries), TOGETHER):
+            encoded = self.embedder.queries(queries[start:start + TOGETHER])
+            found += self._find(encoded, np.full(len(encoded[0]), self.embedder.narration), "text", **same)
+        return found
+
+    def like_window(self, window: int, **same) -> list[Answer]:
+        """Windows like this one, without it and what overlaps it; KeyError where there is no such window."""
+        [itself] = self.store.windows([window])
+        return self._like(self.embedder.unpack(self.store.features([window])), itself=itself, **same)
+
+    def like_picture(self, data: bytes, **same) -> list[Answer]:
+        """Windows that look like a picture, given the bytes of its file; InputError where that is no picture."""
+        try:
+            frames = read_frames([BytesIO(data)], self.embedder.image_size)
+        except (InputError, Image.DecompressionBombError) as error:
+            raise InputError("the picture cannot be read: give a whole jpg, png, webp or gif file of at most "
+                             "178 million pixels") from error
+        return self._like(self.embedder.videos([frames]), **same)
+
+    def like_clip(self, path: str | Path, **same) -> list[Answer]:
+        """Windows that look like the first window of a video file; InputError names a file that cannot be read."""
+        settings = self.store.settings
+        clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
+        start, end = cut(clip.seconds, settings["window"], settings["fps"])[0]
+        shown = frames_between(clip.times, start, end if end < clip.seconds else inf, settings["fps"])
+        picked = [shown[i] for i in pick_frames(len(shown), self.embedder.max_frames)]
+        frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.image_size)
+        return self._like(self.embedder.videos([frames]), **same)
+
+    def refresh(self) -> None:
+        """Take notice of a changed store; every search does.
+
+        Stage one is made again only when it lacks more windows than a query has candidates: fewer are candidates of
+        every query.
+        """
+        with self._lock:
+            change = self.store.change
+            if self._windows is not None and self._windows.change == change:
+                return
+            ids, stage = self.store.all_windows(), None
+            if len(ids) > self.candidates:
+                stage = (self._windows and self._windows.stage) or StageOne.load(self.store.path)
+                if stage is None or len(np.setdiff1d(ids, stage.ids)) > self.candidates:
+                    stage = make_stage_one(self.store, self.embedder, ids)
+                    stage.save(self.store.path)
+            known = stage and np.isin(stage.ids, ids)
+            self._windows = _Windows(change, ids, stage, None if stage is None or known.all() else known,
+                                     np.setdiff1d(ids, stage.ids) if stage else ids)
+
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    def _like(self, videos: NamedTuple, **same) -> list[Answer]:
+        return self._find(self.embedder.like(videos), self.embedder.told(videos), "like", **same)[0]
+
+    def _find(self, queries: AnyQueries, told: np.ndarray, kind: str, **same) -> list[list[Answer]]:
+        """told (B,): whether the narration hears a query; kind: of the statistics; keywords as in `_found`."""
+        try:
+            self.refresh()
+            return self._found(queries, told, kind, **same)
+        except KeyError:  # a file was indexed again between stage one and stage two: once more
+            self.refresh()
+            return self._found(queries, told, kind, **same)
+
+    def _found(self, queries: AnyQueries, told: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
+               min_seconds: float = 0.0, max_seconds: float = inf, exact: bool = False,
+               itself: Window | None = None) -> list[list[Answer]]:
+        now = self._windows
+        allowed, inside, new = now.ids, now.inside, now.new
+        if (folder, min_seconds, max_seconds) != ("", 0.0, inf):
+            allowed = self.store.all_windows(folder, min_seconds, max_seconds)
+            inside = now.stage and np.isin(now.stage.ids, allowed)
+            new = np.intersect1d(new, allowed)
+        if not len(allowed):
+            return [[] for _ in told]
+        statistics = self._statistics()[kind]
+        if exact or len(allowed) <= self.candidates:
+            scores = self._score(queries, told, allowed, statistics)
+            return [self._answers(_row(queries, b), allowed, _row(scores, b), top, statistics, itself)
+                    for b in range(len(told))]
+        answers = []
+        vectors = self.embedder.pool_queries(queries, statistics)
+        for b, near in enumerate(candidates_of(now.stage, vectors, self.candidates, inside)):
+            ids, row = np.union1d(near, new), _row(queries, b)
+            scores = self._score(row, told[b:b + 1], ids, statistics)
+            answers.append(self._answers(row, ids, _row(scores, 0), top, statistics, itself))
+        return answers
+
+    def _statistics(self) -> dict[str, ViewStatistics]:
+        """Those of the index; before its first run has ended, those of what there is."""
+        stored = self.store.statistics
+        if stored is None and self._measured is None:
+            self._measured = compute_statistics(self.store, self.embedder, None)
+        return stored or self._measured
+
+    def _score(self, queries: AnyQueries, told: np.ndarray, ids: np.ndarray, statistics: ViewStatistics) -> _Scores:
+        """Stage two: evaluation's scores of B queries with these windows, their features read block by block."""
+        parts = []
+        for start in range(0, len(ids), BLOCK):
+            videos = self.embedder.unpack(self.store.features(ids[start:start + BLOCK]))
+            scores = self.embedder.score(queries, videos)
+            both = torch.from_numpy(told[:, None] & self.embedder.told(videos)[None])  # (B, n)
+            fused = fuse(scores, both, self.embedder.weight, statistics)
+            parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
+                                 scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
+        return _Scores(*(None if column[0] is None else np.concatenate(column, axis=1) for column in zip(*parts)))
+
+    def _answers(self, query: AnyQueries, ids: np.ndarray, scores: _Scores, top: int, statistics: ViewStatistics,
+                 itself: Window | None) -> list[Answer]:
+        """The best of n scored windows, for one query."""
+        order = np.argsort(-scores.fused[0], kind="stable")  # of equal ones the window with the smaller id
+        taken: list[tuple[int, Window]] = []
+        seen = [] if itself is None else [itself]
+        for place, window in self._by_rank(ids, order):
+            if len(taken) == top:
+                break
+            if not any(w.file == window.file and w.start < window.end and window.start < w.end for w in seen):
+                taken.append((place, window))
+                seen.append(window)
+        if not taken:
+            return []
+        videos = self.embedder.unpack(self.store.features([window.id for _, window in taken]))
+        weights = self.embedder.filter_weights(query, videos) or {}
+        answers = []
+        for j, (place, window) in enumerate(taken):
+            both = bool(scores.both[0, place])
+            frames = self._frames(window, {view: w[0, j] for view, w in weights.items()}, both)
+            fused, s_video = float(scores.fused[0, place]), float(scores.video[0, place])
+            s_narration = float(scores.narration[0, place]) if both else None
+            answers.append(Answer(j + 1, window.file, window.id, window.path, window.start, window.end, fused, s_video,
+                                  s_narration, frames, reasons(s_video, s_narration, frames, statistics)))
+        return answers
+
+    def _by_rank(self, ids: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, Window]]:
+        """(place in ids, window) from the best on, read from the store as far as is asked for."""
+        for start in range(0, len(order), 64):
+            places = order[start:start + 64]
+            yield from zip(places.tolist(), self.store.windows(ids[places].tolist()))
+
+    def _frames(self, window: Window, weights: dict[str, np.ndarray], both: bool) -> list[Seen]:
+        """The window's frames with the filter's weights, each a view's (K,); without a filter all count alike."""
+        of_file = {frame.number: frame for frame in self.store.frames(window.file)}
+        frames = [of_file[number] for number in window.picks]
+        spoken = sum(frame.sentence is not None for frame in frames)
+        found = []
+        for k, frame in enumerate(frames):
+            heard = both and frame.sentence is not None
+            at_frame = float(weights["video"][k]) if weights else 1 / len(frames)
+            at_sentence = (float(weights["narration"][k]) if weights else 1 / spoken) if heard else 0.0
+            found.append(Seen(*frame, at_frame, at_sentence))
+        return found
+
+
+def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: ViewStatistics) -> Tensor:
+    """Eq. 11 (B, n) with given statistics; 2 z(S_qv) where `both` (B, n) says that the narration does not count."""
+    of_video, of_narration = statistics
+    alone = fusion.fuse(scores["video"], scores["video"], 1.0, (of_video, of_video))
+    if "narration" not in scores or of_narration is None:
+        return alone
+    return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, statistics), alone)
+
+
+def reasons(s_video: float, s_narration: float | None, frames: list[Seen], statistics: ViewStatistics) -> str:
+    """Why a window stands where it stands, in a sentence."""
+    views = [(name, (s - mean) / std if std else 0.0) for name, s, (mean, std) in
+             (("frames", s_video, statistics[0]), ("sentences", s_narration, statistics[1] or (0, 0))) if s is not None]
+    parts = " and ".join(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}"
+                         for name, z in views)
+    best = max(frames, key=lambda frame: frame.frame_weight)
+    looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
+    told = max(frames, key=lambda frame: frame.sentence_weight)
+    if s_narration is not None:
+        looked += f', of the sentences "{told.sentence}" ({told.sentence_weight:.0%})'
+    return f"{parts} the mean of all pairs; {looked}"
+
+
+# ------------------------------------------------------------------------------------------------------- stage one
+
+
+def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray) -> StageOne:
+    """Stage one's index of all windows, their vectors read block by block; trained on a seeded sample of them."""
+    some = np.random.default_rng(0).permutation(ids)[:TRAINING // embedder.max_frames]
+    sample = embedder.pool_videos(embedder.unpack(store.features(np.sort(some))))
+    vectors, _ = embedder.vectors_of(sample)
+    blocks = ((block, *embedder.vectors_of(pooled)) for block, pooled in store.pooled(BLOCK))
+    sample = vectors[vectors.any(axis=2)]
+    return StageOne.make(blocks, sample, round(len(sample) / len(some) * len(ids)))
+
+
+def candidates_of(stage: StageOne, vectors: np.ndarray, count: int, inside: np.ndarray | None) -> list[np.ndarray]:
+    """Ids of the windows to score for each of the queries (B, W): `count` of those with a sentence, and as many of
+    those without; their vectors lack a part and would lose against the others. inside (N,): where to look.
+    """
+    if stage.told.all() or not stage.told.any():
+        return stage.nearest(vectors, count, inside)
+    inside = True if inside is None else inside
+    halves = [stage.nearest(vectors, count, which & inside) for which in (stage.told, ~stage.told)]
+    return [np.concatenate(both) for both in zip(*halves)]
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@torch.no_grad()
+def compute_statistics(store: Store, embedder: Embedder, queries: list[str] | None,
+                       seed: int = 0) -> dict[str, ViewStatistics]:
+    """Mean and standard deviation of S_qv and S_qn (Eq. 11) over a seeded sample of queries times one of windows.
+
+    {"text": of `queries`, else of the index's own sentences, else as "like"; "like": of windows as queries, those of
+    the same file left out where there are others}. Windows without a sentence do not count for S_qn.
+    """
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(store.all_windows())[:SAMPLE[1]]
+    windows = store.windows(ids.tolist())
+    videos = embedder.unpack(store.features(ids.tolist()))
+    told, files = embedder.told(videos), np.array([window.file for window in windows])
+
+    some = type(videos)(*(None if x is None else x[:SAMPLE[0]] for x in videos))
+    other = files[:SAMPLE[0], None] != files[None]  # (B, n)
+    other = other if other.any() else np.ones_like(other)
+    like = _measure(embedder.score(embedder.like(some), videos), other, other & told[:SAMPLE[0], None] & told[None])
+    if not queries:
+        queries = sorted(_sentences(store, windows)) if embedder.narration else []
+    if not queries:
+        return {"text": like, "like": like}
+    encoded = embedder.queries([queries[i] for i in rng.permutation(len(queries))[:SAMPLE[0]]])
+    all_pairs = np.ones((len(encoded[0]), len(ids)), dtype=bool)
+    return {"text": _measure(embedder.score(encoded, videos), all_pairs, all_pairs & told[None]), "like": like}
+
+
+def _measure(scores: dict[str, Tensor], pairs: np.ndarray, told: np.ndarray) -> ViewStatistics:
+    """Statistics of the scores of these pairs (B, n); of S_qn over the told ones, None where there is none."""
+    of_video = fusion.matrix_statistics(scores["video"][torch.from_numpy(pairs)])
+    hears = "narration" in scores and told.any()
+    return of_video, fusion.matrix_statistics(scores["narration"][torch.from_numpy(told)]) if hears else None
+
+
+def _sentences(store: Store, windows: list[Window]) -> set[str]:
+    """What is told of these windows' picked frames."""
+    picked: dict[int, set[int]] = {}
+    for window in windows:
+        picked.setdefault(window.file, set()).update(window.picks)
+    return {frame.sentence for file, numbers in picked.items() for frame in store.frames(file)
+            if frame.number in numbers and frame.sentence is not None}
+
+
+def _row(features: AnyQueries | _Scores, b: int) -> AnyQueries | _Scores:
+    """Row b of a tuple of arrays or tensors, as one of one row."""
+    if isinstance(features, dict):
+        return {view: _row(of_view, b) for view, of_view in features.items()}
+    return type(features)(*(None if x is None else x[b:b + 1] for x in features))

@@ -1,0 +1,135 @@
+"""Stage one of a search: the windows nearest to a query among very many, by vectors alone (FAISS).
+
+Here: which FAISS index, how it is made, kept and asked. Not here: what the vectors are (embedding.py) and how the
+candidates are then scored (engine.py).
+
+Few vectors are kept in a byte a dimension and all compared. Many are kept in a bit a dimension (RaBitQ, after a random
+rotation) and compared in those lists (IVF) that are nearest to the query: enough to find candidates, which stage two
+scores from the features.
+
+Shapes: N windows, S vectors of a window, W their width, B queries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .. import InputError
+
+FLAT = 200_000  # vectors up to which all are compared (docs/scaling.md: measured)
+LISTS = 1024  # of an IVF index
+PROBED = 64  # lists that a query looks into, where no filter leaves windows out
+TRAINING = 50_000  # vectors that an index is trained on
+PER_CANDIDATE = 4  # vectors asked for a candidate: neighbouring frames of one window are often found together
+NAMES = ("stage_one.faiss", "stage_one.npz")
+
+
+class StageOne:
+    """ids (N,): the windows, rising; told (N,): which have a sentence. Made by `make` or `load`."""
+
+    def __init__(self, index, ids: np.ndarray, told: np.ndarray):
+        self.index, self.ids, self.told = index, ids, told
+
+    @classmethod
+    def make(cls, blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], sample: np.ndarray,
+             count: int) -> StageOne:
+        """blocks: (ids (n,), vectors (n, S, W), told (n,)) of all windows; vectors of zeros are none.
+
+        sample: vectors (any, W) to train on. count: about how many there will be; it decides the kind of index.
+        """
+        faiss = _faiss()
+        width = sample.shape[1]
+        # Fewer than 39 vectors a list make FAISS warn; so small a sample comes of a small index.
+        lists = max(1, min(LISTS, len(sample) // 39))
+        index = faiss.index_factory(width, "IDMap,SQ8" if count <= FLAT else f"IVF{lists},RaBitQ",
+                                    faiss.METRIC_INNER_PRODUCT)
+        ids, told, n = [], [], 0
+        index.train(_rotate(sample))
+        for block_ids, vectors, block_told in blocks:
+            real = vectors.any(axis=2)  # (n, S)
+            positions = np.broadcast_to(np.arange(n, n + len(vectors))[:, None], real.shape)[real]
+            index.add_with_ids(_rotate(vectors[real]), positions)
+            ids.append(block_ids)
+            told.append(block_told)
+            n += len(vectors)
+        return cls(index, np.concatenate(ids), np.concatenate(told))
+
+    def nearest(self, queries: np.ndarray, count: int, allowed: np.ndarray | None = None) -> list[np.ndarray]:
+        """The ids of at most `count` windows for each of the queries (B, W), best first.
+
+        allowed (N,) bool: the windows to look among.
+        """
+        faiss = _faiss()
+        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
+        selector = None if bits is None else faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(bits))
+        if isinstance(self.index, faiss.IndexIVF):
+            share = 1.0 if allowed is None else max(allowed.mean(), 1 / self.index.nlist)
+            probed = min(self.index.nlist, int(np.ceil(PROBED / share)))  # as many windows are looked at as without
+            parameters = faiss.IVFRaBitQSearchParameters(sel=selector, nprobe=probed)
+        else:
+            parameters = faiss.SearchParameters(sel=selector)
+        k = min(PER_CANDIDATE * count, self.index.ntotal)
+        _, rows = self.index.search(_rotate(queries), k, params=parameters)  # (B, k) positions, -1 where there are no more
+        found = []
+        for row in rows:
+            row = row[row >= 0]
+            _, first = np.unique(row, return_index=True)
+            found.append(self.ids[row[np.sort(first)[:count]]])
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Keep it in the index folder; one that cannot be written to is searched all the same."""
+        temporary = [folder / f".{os.getpid()}.{name}" for name in NAMES]
+        with contextlib.suppress(OSError, RuntimeError):  # the latter is FAISS's
+            _faiss().write_index(self.index, str(temporary[0]))
+            np.savez(temporary[1], ids=self.ids, told=self.told, total=self.index.ntotal)
+            for path, name in zip(temporary, NAMES):
+                os.replace(path, folder / name)
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> StageOne | None:
+        """What was kept, perhaps of an earlier state of the index; None where there is nothing whole."""
+        try:
+            index = _faiss().read_index(str(folder / NAMES[0]))
+            with np.load(folder / NAMES[1]) as kept:
+                whole = index.ntotal == kept["total"]
+                return cls(index, kept["ids"], kept["told"]) if whole else None
+        except (OSError, RuntimeError, ValueError, KeyError):
+            return None
+
+
+def _rotate(vectors: np.ndarray) -> np.ndarray:
+    """The same random rotation for all (n, W): it spreads each vector evenly over its dimensions, as bits need it.
+
+    Signs, then two small rotations, of rows and columns of the vector as a matrix: far less work than one large one.
+    """
+    signs, of_rows, of_columns = _rotation(vectors.shape[1])
+    n, a, b = len(vectors), len(of_rows), len(of_columns)
+    x = (vectors * signs).reshape(n * a, b) @ of_columns
+    x = x.reshape(n, a, b).transpose(0, 2, 1).reshape(n * b, a) @ of_rows
+    return np.ascontiguousarray(x.reshape(n, a * b), np.float32)
+
+
+@lru_cache(maxsize=1)
+def _rotation(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    a = max(n for n in range(1, int(width ** 0.5) + 1) if width % n == 0)
+    of_rows, of_columns = (np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32) for n in (a, width // a))
+    return rng.choice(np.float32([-1, 1]), width), of_rows, of_columns
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError as error:
+        raise InputError('searching this many windows needs FAISS: pip install "narvid[search]"') from error
+    return faiss

@@ -1,0 +1,290 @@
+"""The index on disk: INDEX/index.db, one SQLite file. Video files, their frames and sentences, windows and features.
+
+Here: what is stored and how it is found again. Not here: locks, connections, damaged files (database.py), where the
+frames come from (build.py), what the features mean (embedding.py), which window answers a query (engine.py).
+
+One transaction a video file: a kill at any moment loses the file in hand and nothing else. One process writes, any
+number of them read, from as many threads as they like (database.py). Space of removed files is used again, but the file
+on disk does not shrink.
+
+File names are stored as bytes, for they need not be UTF-8. A window is a stretch of a file, the unit that is found;
+ids of files and windows are never used again.
+
+Shapes: K frames of a window, P numbers of its stage-one vector, n windows.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from narvid.search.database import Database
+
+SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE files (id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, seconds REAL NOT NULL, why TEXT NOT NULL, note TEXT NOT NULL, told TEXT NOT NULL);
+CREATE TABLE frames (file INTEGER NOT NULL REFERENCES files ON DELETE CASCADE, number INTEGER NOT NULL,
+    time REAL NOT NULL, sentence TEXT, jpeg BLOB NOT NULL, PRIMARY KEY (file, number));
+CREATE TABLE windows (id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER NOT NULL REFERENCES files ON DELETE CASCADE,
+    start REAL NOT NULL, "end" REAL NOT NULL, picks TEXT NOT NULL);
+CREATE INDEX windows_of_file ON windows (file);
+CREATE TABLE pooled (window INTEGER PRIMARY KEY REFERENCES windows ON DELETE CASCADE, vector BLOB NOT NULL);
+CREATE TABLE features (window INTEGER PRIMARY KEY REFERENCES windows ON DELETE CASCADE, rows BLOB NOT NULL);
+"""
+# pooled and features stand in tables of their own: a scan of windows reads neither, stage one reads only the first.
+
+
+class File(NamedTuple):
+    """A video file; `path` is relative to the videos folder, with slashes. why: "" or why it could not be read."""
+
+    id: int
+    path: str
+    size: int  # bytes
+    mtime_ns: int
+    seconds: float
+    why: str
+    note: str  # what is amiss in a file that is indexed nevertheless
+    told: str  # which narration it was indexed with, as build.py marks it
+
+
+class Frame(NamedTuple):
+    """A frame of a file, counted from 0; `time` in seconds from the file's first frame."""
+
+    number: int
+    time: float
+    sentence: str | None
+
+
+class Window(NamedTuple):
+    """A stretch of a file in seconds; picks: the numbers of its K frames or fewer, in order."""
+
+    id: int
+    file: int
+    path: str
+    start: float
+    end: float
+    picks: list[int]
+
+
+class Store(Database):
+    """An index folder, open. Use as a context manager, or close().
+
+    create: the settings of a new index (a dict that JSON can hold); without it the index must exist.
+    read_only: nothing can be written and nothing is locked; without it no second process may have it open for writing.
+    Opening and every method raise InputError, one sentence, where the folder is no index, was written by a newer
+    version, is damaged, may not be written, or the disk is full.
+    """
+
+    def __init__(self, path: str | Path, *, create: dict | None = None, read_only: bool = False):
+        fill = None if create is None else partial(_fill, settings=create)
+        super().__init__(Path(path), create=fill, read_only=read_only)
+
+    # ---- what holds for the whole index ----
+
+    @property
+    def settings(self) -> dict:
+        """How the index was made: videos folder, model, windows, captioner."""
+        return self._fact("settings")
+
+    def update_settings(self, **changes) -> None:
+        """Change some of the settings."""
+        with self.transaction() as run:
+            _state(run, "settings", self.settings | changes)
+
+    @property
+    def statistics(self) -> dict | None:
+        """{"text" | "like": ((mean, std) of S_qv, (mean, std) of S_qn or None)} for Eq. 11; None before there are any.
+
+        Read it for every query: it is written after the files, and `change` does not rise with it.
+        """
+        stored = self._fact("statistics")
+        return stored and {kind: tuple(view and tuple(view) for view in views) for kind, views in stored.items()}
+
+    @statistics.setter
+    def statistics(self, statistics: dict | None) -> None:
+        with self.transaction() as run:
+            _state(run, "statistics", statistics)
+
+    @property
+    def change(self) -> int:
+        """Rises with every committed change of files; read it before what shall be made again when it differs."""
+        return self._fact("change")
+
+    def count(self) -> int:
+        """The number of windows."""
+        return self.one("SELECT count(*) FROM windows")[0]
+
+    # ---- files ----
+
+    def files(self) -> list[File]:
+        """All files, in the order of their paths' bytes."""
+        return [_file(row) for row in self.all("SELECT * FROM files ORDER BY path")]
+
+    def file(self, id: int) -> File:
+        """One file; KeyError where there is none (any more)."""
+        return _file(self.one("SELECT * FROM files WHERE id = ?", id))
+
+    def frames(self, file: int) -> list[Frame]:
+        """All frames of a file, in time order; [] for one that does not exist or could not be read."""
+        rows = self.all("SELECT number, time, sentence FROM frames WHERE file = ? ORDER BY number", file)
+        return [Frame(*row) for row in rows]
+
+    def jpeg(self, file: int, number: int) -> bytes:
+        """A frame's jpg file; KeyError where there is none."""
+        return self.one("SELECT jpeg FROM frames WHERE file = ? AND number = ?", file, number)[0]
+
+    def put_file(
+        self,
+        path: str,
+        size: int,
+        mtime_ns: int,
+        seconds: float,
+        note: str,
+        frames: Sequence[tuple[float, bytes, str | None]],
+        windows: Sequence[tuple[float, float, list[int]]],
+        features: dict[str, np.ndarray | None],
+        pooled: np.ndarray,
+        *,
+        told: str = "",
+    ) -> None:
+        """Store a file in one transaction, in place of what was there under this path.
+
+        frames: (seconds, jpg, sentence or None) of each. windows: (start, end, numbers of the picked frames) of each of
+        n. features: name -> (n, ...), float32 or bool, of one shape in the whole index, or None where the model has no
+        such field. pooled: (n, P) float32.
+        """
+        rows, layout = _pack(features, len(windows))
+        vectors = np.ascontiguousarray(pooled, "<f4")
+        if vectors.shape != (len(windows), vectors[0].size):
+            raise ValueError(f"pooled is {vectors.shape}, of {len(windows)} windows")
+        with self.transaction() as run:
+            known = self._fact("layout")
+            if known not in (None, layout):
+                raise ValueError(f"features of {path} are {layout}, the index holds {known}")
+            _state(run, "layout", layout)
+            file = _replace(run, path, size, mtime_ns, seconds, "", note, told)
+            for number, (time, jpeg, sentence) in enumerate(frames):
+                run("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", (file, number, time, sentence, jpeg))
+            for (start, end, picks), row, vector in zip(windows, rows, vectors, strict=True):
+                insert = 'INSERT INTO windows (file, start, "end", picks) VALUES (?, ?, ?, ?)'
+                window = run(insert, (file, start, end, json.dumps(picks))).lastrowid
+                run("INSERT INTO pooled VALUES (?, ?)", (window, vector.tobytes()))
+                run("INSERT INTO features VALUES (?, ?)", (window, row.tobytes()))
+            _state(run, "change", self.change + 1)
+
+    def fail_file(self, path: str, size: int, mtime_ns: int, why: str) -> None:
+        """Remember why a file could not be read, in place of what was there under this path."""
+        with self.transaction() as run:
+            _replace(run, path, size, mtime_ns, 0.0, why, "", "")
+            _state(run, "change", self.change + 1)
+
+    def remove_file(self, path: str) -> None:
+        """Forget a file with all that belongs to it."""
+        with self.transaction() as run:
+            run("DELETE FROM files WHERE path = ?", (os.fsencode(path),))
+            _state(run, "change", self.change + 1)
+
+    # ---- windows ----
+
+    def windows(self, ids: Sequence[int]) -> list[Window]:
+        """These windows, in this order; KeyError where one does not exist (any more)."""
+        sql = 'SELECT windows.id, file, path, start, "end", picks FROM windows JOIN files ON files.id = file'
+        rows = self._in_order(f"{sql} WHERE windows.id", ids)
+        return [Window(id, file, os.fsdecode(path), *times, json.loads(p)) for id, file, path, *times, p in rows]
+
+    def all_windows(self, folder: str = "", min_seconds: float = 0.0, max_seconds: float = inf) -> np.ndarray:
+        """Ids (n,) int64, rising, of the windows of all files in a folder, with its subfolders, and of such a length.
+
+        folder: relative to the videos folder, "" for all. The length in seconds is the file's, bounds included.
+        """
+        sql, values = "SELECT windows.id FROM windows", []
+        if folder or min_seconds > 0 or max_seconds < inf:
+            sql += " JOIN files ON files.id = file WHERE seconds BETWEEN ? AND ?"
+            values = [min_seconds, max_seconds]
+        if parts := [part for part in folder.split("/") if part not in ("", ".")]:
+            prefix = os.fsencode("/".join(parts))
+            sql += " AND path > ? AND path < ?"
+            values += [prefix + b"/", prefix + b"0"]  # the byte behind the slash
+        rows = self.all(f"{sql} ORDER BY windows.id", *values)
+        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+
+    def features(self, ids: Sequence[int]) -> dict[str, np.ndarray | None]:
+        """What put_file got, (n, ...) for these windows in this order; KeyError where one does not exist."""
+        layout = self._fact("layout") or {}
+        found = {name: field and np.empty((len(ids), *field[1]), field[0]) for name, field in layout.items()}
+        for i, (_, row) in enumerate(self._in_order("SELECT window, rows FROM features WHERE window", ids)):
+            start = 0
+            for field in found.values():
+                if field is not None:
+                    field[i] = np.frombuffer(row, field.dtype, field[i].size, start).reshape(field.shape[1:])
+                    start += field[i].nbytes
+        return found
+
+    def pooled(self, block: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Stage one's vectors, block by block: ids (n,) int64, rising, and vectors (n, P) float32."""
+        last = -1
+        while rows := self.all("SELECT * FROM pooled WHERE window > ? ORDER BY window LIMIT ?", last, block):
+            last = rows[-1][0]
+            vectors = np.frombuffer(b"".join(row[1] for row in rows), "<f4").reshape(len(rows), -1)
+            yield np.array([row[0] for row in rows], np.int64), vectors
+
+    # ---- inside ----
+
+    def _in_order(self, sql: str, ids: Sequence[int]) -> list[tuple]:
+        """The row of each id, which is its first column; KeyError where there is none."""
+        ids, rows = [int(id) for id in ids], {}
+        for start in range(0, len(ids), 500):  # a statement takes so many values with every version of SQLite
+            part = ids[start : start + 500]
+            rows |= {row[0]: row for row in self.all(f"{sql} IN ({', '.join('?' * len(part))})", *part)}
+        return [rows[id] for id in ids]
+
+    def _fact(self, name: str):
+        return json.loads(self.one("SELECT value FROM facts WHERE name = ?", name)[0])
+
+
+def _fill(run: Callable, settings: dict) -> None:
+    """The tables of a new index."""
+    for statement in SCHEMA.split(";"):
+        run(statement)
+    for name, value in {"settings": settings, "statistics": None, "change": 0, "layout": None}.items():
+        run("INSERT INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def _state(run: Callable, name: str, value) -> None:
+    """Write a fact."""
+    run("UPDATE facts SET value = ? WHERE name = ?", (json.dumps(value), name))
+
+
+def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, told) -> int:
+    """A file's new row in place of all that was there under this path -> its id."""
+    name = os.fsencode(path)
+    run("DELETE FROM files WHERE path = ?", (name,))
+    insert = "INSERT INTO files (path, size, mtime_ns, seconds, why, note, told) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    return run(insert, (name, size, mtime_ns, seconds, _text(why), _text(note), told)).lastrowid
+
+
+def _file(row: tuple) -> File:
+    id, path, *rest = row
+    return File(id, os.fsdecode(path), *rest)
+
+
+def _text(text: str) -> str:
+    """What SQLite can hold: bytes of a file name that are not UTF-8 are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _pack(features: dict[str, np.ndarray | None], n: int) -> tuple[np.ndarray, dict]:
+    """Fields (n, ...) -> their bytes side by side (n, bytes), and {name: [type, shape of a row] or None}."""
+    layout, parts = dict.fromkeys(features), [np.empty((n, 0), np.uint8)]
+    for name, field in features.items():
+        if field is not None:
+            rows = np.ascontiguousarray(field)
+            layout[name] = [rows.dtype.str, list(rows.shape[1:])]
+            parts.append(rows.reshape(n, -1).view(np.uint8))
+    return np.concatenate(parts, axis=1), layout

@@ -1,0 +1,115 @@
+"""The sentences of a video's picked frames: from a captioner, from a ready narration file, or none.
+
+Here: which frames are captioned, what happens to those without a sentence. Not here: models and servers
+(narvid/captioners.py), the file's form and the join by time (narvid/narrations.py), features (build.py).
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+from narvid import InputError
+from narvid.captioners import Captioner, Failed, ServerCaptioner, check_sees, made_pictures
+from narvid.narrating import SAME_FRAME, STOP_AFTER, distinct_frames
+from narvid.narrations import join, load_narrations, to_line
+from narvid.search.reading import Clip
+
+AT_ONCE = 16  # pictures in a batch, or requests to a server
+UNTOLD = "without a sentence"  # in a file's note; --retry looks for it
+
+
+class Narrator:
+    """Sentences for frames, from one of two sources or from neither.
+
+    captioner: of narvid.captioners. narrations: a narration file, keyed by video id = file name without folder and
+    suffix. settings: what of this an index records.
+    """
+
+    def __init__(self, captioner: Captioner | None, narrations: str | Path | None):
+        if captioner is not None and narrations is not None:
+            raise InputError("a captioner and a narration file exclude each other: give one of them")
+        self.captioner, self.path = captioner, narrations
+        self.is_silent = captioner is None and narrations is None
+        self._of_video = load_narrations(narrations) if narrations is not None else {}
+        self._checked, self._failed_in_a_row = False, 0
+        self.settings = {"captioner": None, "prompt": ""}
+        if narrations is not None:
+            self.settings["captioner"] = "narration file"
+        if captioner is not None:
+            label = f"{captioner.label} same_frame={SAME_FRAME:g}"
+            self.settings = {"captioner": label, "prompt": captioner.prompt}
+
+    def check(self, paths: Iterable[str]) -> None:
+        """InputError where the narration file fits none of these videos, or one id of it two of them."""
+        path_of = {}
+        for path in paths:
+            video = PurePosixPath(path).stem
+            if video in self._of_video and path_of.setdefault(video, path) != path:
+                raise InputError(f"{path_of[video]} and {path} have one id, {video!r}, in {self.path}: rename one")
+        if self.path is not None and not path_of:
+            raise InputError(f"{self.path} narrates none of these videos; an id is a file's name without its suffix")
+
+    def version(self, path: str) -> str:
+        """Marks what the narration file says about a video, "" where it says nothing; files are due when it changes."""
+        narration = self._of_video.get(PurePosixPath(path).stem)
+        text = to_line("", narration) if narration else ""
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() if narration else ""
+
+    def tell(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
+        """The sentence or None of each of these frames of a clip, and a note on what is missing, "" if nothing is.
+
+        path: relative to the videos folder. InputError where the narration is that of other frames, the captioner sees
+        no pictures, or too many frames in a row fail.
+        """
+        if self.captioner is not None:
+            return self._caption(path, clip, numbers)
+        sentences = [None] * len(numbers)
+        if narration := self._of_video.get(video := PurePosixPath(path).stem):
+            times = [clip.times[n] for n in numbers]
+            told = join(narration, times, clip.times, video=video, path=self.path)
+            # the tokenizer cannot read half a surrogate pair, and neither can SQLite
+            sentences = [text and text.encode("utf-8", "replace").decode() for text in told]
+        return dict(zip(numbers, sentences, strict=True)), "" if self.is_silent else _note(sentences)
+
+    def _caption(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
+        """Near-identical neighbours share a sentence, as when a narration file is made."""
+        if not self._checked:
+            pairs = [made_pictures(), [clip.jpegs[numbers[0]], clip.jpegs[numbers[-1]]]]
+            check_sees(self.captioner, pairs)
+            self._checked = True
+        leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in numbers], SAME_FRAME)
+        asked = sorted(set(leaders))
+        answers = dict(zip(asked, self._answers(path, clip, [numbers[i] for i in asked]), strict=True))
+        told = [answers[leader] for leader in leaders]
+        why = next((answer.why for answer in told if isinstance(answer, Failed)), "")
+        sentences = [None if isinstance(answer, Failed) else answer for answer in told]
+        return dict(zip(numbers, sentences, strict=True)), _note(sentences, why)
+
+    def _answers(self, path: str, clip: Clip, numbers: Sequence[int]) -> list[str | Failed]:
+        name = path.encode("utf-8", "backslashreplace").decode()  # a captioner hashes it
+        size, threads = (1, AT_ONCE) if isinstance(self.captioner, ServerCaptioner) else (AT_ONCE, 1)
+
+        def ask(start: int) -> list[str | Failed]:
+            batch = numbers[start : start + size]
+            return self.captioner.caption([clip.jpegs[n] for n in batch], [f"{name} {clip.times[n]}" for n in batch])
+
+        answers = []
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in pool.map(ask, range(0, len(numbers), size)):
+                answers += batch
+        for answer in answers:
+            failed = isinstance(answer, Failed)
+            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+            if self._failed_in_a_row == STOP_AFTER:
+                raise InputError(
+                    f"{STOP_AFTER} frames in a row got no sentence, the last one because: {answer.why}. The files "
+                    "before this one are indexed; once that is mended, the same command continues"
+                )
+        return answers
+
+
+def _note(sentences: Sequence[str | None], why: str = "") -> str:
+    missing = list(sentences).count(None)
+    return f"{missing} of {len(sentences)} frames {UNTOLD}{f' ({why})' if why else ''}" if missing else ""

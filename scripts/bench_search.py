@@ -1,0 +1,296 @@
+"""What a search finds and what it costs as the index grows: recall of stage one, latency, memory.
+
+  python scripts/bench_search.py --videos 1000
+  python scripts/bench_search.py --videos 100000
+  python scripts/bench_search.py --videos 1000000 --queries 10          hours on one core, see docs/scaling.md
+  python scripts/bench_search.py --index INDEX --queries_file test.jsonl    recall on a real index, features as they are
+
+Recall: the share of the exact best (1, and 10) windows that are among stage one's candidates. The exact ranking scores
+every video, block by block, with evaluation's own function. Nothing is held whole but stage one's index: a video's
+features are drawn from (seed, number) alone, whenever they are needed, and drawing is not timed.
+Timed for a query: stage one; reading the candidates' features, from an index of --stored windows on this disk, most of
+it in the page cache; stage two, their scores. Encoding the query is not in it (it does not grow).
+
+What is drawn, where there is no index. A direction in a space of RANK dimensions for each of TOPICS topics; a video has
+EVENTS events, each partly its topic's and partly its own; a frame is its event with a little noise, a sentence with
+more; both are put into D dimensions, where noise is added, and brought to length 1. A query tells two events of a
+video: its eos lies between them, each word near one. The spreads of the cosines are printed: constants above are such
+that they resemble those of the demo's trained model (--index prints them too).
+Here: drawing, exact ranking, timing. Not here: stage one and stage two (narvid/search).
+
+Legend: B queries, V videos, K frames and sentences, L words, D joint dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from narvid import InputError
+from narvid.datasets import read_queries
+from narvid.flags import Parser, positive
+from narvid.fusion import matrix_statistics
+from narvid.model import Queries, Videos
+from narvid.search.embedding import Embedder
+from narvid.search.engine import CANDIDATES, candidates_of, fuse
+from narvid.search.stage_one import NAMES, TRAINING, StageOne
+from narvid.search.store import Store
+from narvid.similarity import match
+
+RANK, TOPICS, EVENTS, WORDS = 14, 300, 3, 12
+OF_TOPIC = 0.3  # share of an event's variance that its topic makes
+FRAME_NOISE, SENTENCE_NOISE, QUERY_NOISE, WORD_NOISE = 0.2, 0.5, 0.3, 0.8  # in the space of RANK dimensions
+SPREAD = 0.35  # length of the noise in D dimensions; the rest has length about 1
+BLOCK = 500  # videos drawn and scored at a time
+COUNTS = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
+BEST = 10
+MATCHING = {"p": 0.4}  # the paper's filter
+
+
+class Drawn:
+    """Videos and queries from a seed."""
+
+    def __init__(self, args: argparse.Namespace):
+        rng = np.random.default_rng(args.seed)
+        self.k, self.d, self.seed = args.frames, args.dim, args.seed
+        self.topics = rng.standard_normal((TOPICS, RANK), dtype=np.float32)
+        self.lift = rng.standard_normal((RANK, args.dim), dtype=np.float32) / np.float32((RANK * args.dim) ** 0.5)
+
+        self.ids = np.arange(args.videos)
+        self.asked = rng.choice(args.videos, args.queries, replace=False)
+        self.encoded = self.queries(self.asked)
+
+    def score(self, queries: Queries, videos: Videos) -> dict[str, torch.Tensor]:
+        """Evaluation's, {view: (B, V)}."""
+        return match(queries, videos, block=128, **MATCHING)
+
+    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Stage one's: ids (n,), vectors (n, K, 2 D), told (n,), as Embedder.pool_videos makes them."""
+        for start in range(0, len(self.ids), BLOCK):
+            ids = self.ids[start:start + BLOCK]
+            videos = self.videos(ids)
+            yield ids, torch.cat([videos.frames, videos.narration], dim=2).numpy(), np.ones(len(ids), dtype=bool)
+
+    def stage_one_queries(self, statistics: tuple) -> np.ndarray:
+        """(B, 2 D), as Embedder.pool_queries makes them."""
+        return torch.cat([self.encoded.eos / std for _, std in statistics], dim=1).numpy()
+
+    def videos(self, numbers: np.ndarray) -> Videos:
+        """These videos' features, (V, K, D) a view."""
+        frames, narration = (np.empty((len(numbers), self.k, self.d), np.float32) for _ in range(2))
+        for row, number in enumerate(numbers):
+            rng, events = self._events(number)
+            of_frame = events[np.arange(self.k) * EVENTS // self.k]  # (K, RANK)
+            frames[row] = self._lifted(rng, of_frame, FRAME_NOISE)
+            narration[row] = self._lifted(rng, of_frame, SENTENCE_NOISE)
+        mask = torch.ones(len(numbers), self.k, dtype=torch.bool)
+        return Videos(torch.from_numpy(frames), torch.from_numpy(narration), mask, mask)
+
+    def queries(self, numbers: np.ndarray) -> Queries:
+        """One query for each of these videos; it tells the first two of its events."""
+        eos, words = [], []
+        for number in numbers:
+            events = self._events(number)[1][:2]
+            rng = np.random.default_rng([self.seed, number, 1])
+            eos.append(self._lifted(rng, events.mean(axis=0, keepdims=True) * 2 ** 0.5, QUERY_NOISE)[0])
+            words.append(self._lifted(rng, events[np.arange(WORDS) % 2], WORD_NOISE))
+        mask = torch.ones(len(numbers), WORDS, dtype=torch.bool)
+        return Queries(torch.from_numpy(np.stack(eos)), torch.from_numpy(np.stack(words)), mask, mask / WORDS)
+
+    def _events(self, number: int) -> tuple[np.random.Generator, np.ndarray]:
+        rng = np.random.default_rng([self.seed, number, 0])
+        own = rng.standard_normal((EVENTS, RANK), dtype=np.float32)
+        topic = self.topics[rng.integers(TOPICS)]
+        return rng, np.float32(OF_TOPIC ** 0.5) * topic + np.float32((1 - OF_TOPIC) ** 0.5) * own
+
+    def _lifted(self, rng: np.random.Generator, latent: np.ndarray, noise: float) -> np.ndarray:
+        """(n, RANK) -> (n, D) of length 1."""
+        latent = latent + np.float32(noise) * rng.standard_normal(latent.shape, dtype=np.float32)
+        x = latent @ self.lift + np.float32(SPREAD / self.d ** 0.5) * rng.standard_normal(x.shape, dtype=np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+class Real:
+    """An index that is there, and a file of queries."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.store = Store(args.index, read_only=True)
+        checkpoint = self.store.settings["checkpoint"]
+        if checkpoint is None:
+            raise InputError(f"{args.index}: is of plain CLIP; this measures an index of a trained model")
+        self.embedder = Embedder.load(checkpoint, narration=self.store.settings["narration"], device="cpu")
+        self.embedder.check(self.store.settings, args.index)
+        self.ids = self.store.all_windows()
+        self.encoded = self.embedder.queries(read_queries(args.queries_file))
+        self.score = self.embedder.score
+
+    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Stage one's."""
+        for ids, pooled in self.store.pooled(BLOCK):
+            yield ids, *self.embedder.vectors_of(pooled)
+
+    def stage_one_queries(self, statistics: tuple) -> np.ndarray:
+        """(B, W)."""
+        return self.embedder.pool_queries(self.encoded, statistics)
+
+    def videos(self, ids: np.ndarray) -> Videos:
+        """Features of these windows."""
+        return self.embedder.unpack(self.store.features(ids.tolist()))
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def spreads(source: Drawn | Real) -> str:
+    """Cosines of frames with each other and with queries, of 1,000 videos: mean and standard deviation."""
+    videos = source.videos(source.ids[:: max(1, len(source.ids) // 1000)][:1000])
+    mask = videos.mask
+    unit = torch.nn.functional.normalize(videos.frames, dim=-1)
+    eos = torch.nn.functional.normalize(source.encoded.eos, dim=-1)
+    within = torch.einsum("vkd,vjd->vkj", unit, unit)
+    pairs = mask[:, :, None] & mask[:, None] & ~torch.eye(mask.shape[1], dtype=torch.bool)
+    one = torch.stack([x[m][0] for x, m in zip(unit, mask)])
+    between = (one @ one.T)[~torch.eye(len(one), dtype=torch.bool)]
+    parts = {"frames of a video": within[pairs], "frames of two": between, "query and frame": eos @ unit[mask].T}
+    return "cosines: " + ", ".join(f"{name} {x.mean():.2f} +- {x.std():.2f}" for name, x in parts.items())
+
+
+def measure_statistics(source: Drawn | Real) -> tuple:
+    """Eq. 11's, of all queries with at most 1,000 videos."""
+    some = np.random.default_rng(0).permutation(source.ids)[:1000]
+    scores = source.score(source.encoded, source.videos(np.sort(some)))
+    return tuple(matrix_statistics(s) for s in scores.values())
+
+
+def make(source: Drawn | Real, mean: bool) -> StageOne:
+    """Stage one's index, as the engine makes it; mean: of one vector a video, the mean of its frames'."""
+
+    def pooled(vectors: np.ndarray) -> np.ndarray:
+        return vectors.sum(axis=1, keepdims=True) / vectors.any(axis=2).sum(axis=1)[:, None, None] if mean else vectors
+
+    first = next(source.vectors())[1]
+    wanted = np.random.default_rng(0).permutation(source.ids)[:max(1, TRAINING // first.shape[1])]
+    if isinstance(source, Drawn):
+        videos = source.videos(wanted)
+        sample = torch.cat([videos.frames, videos.narration], dim=2).numpy()
+    else:
+        sample = source.embedder.vectors_of(source.embedder.pool_videos(source.videos(wanted)))[0]
+    sample = pooled(sample)
+    sample = sample[sample.any(axis=2)]
+    blocks = tqdm(source.vectors(), "stage one", -(-len(source.ids) // BLOCK), unit="block", leave=False)
+    return StageOne.make(((ids, pooled(x), told) for ids, x, told in blocks), sample,
+                         round(len(sample) / len(wanted) * len(source.ids)))
+
+
+@torch.no_grad()
+def exact_best(source: Drawn | Real, statistics: tuple) -> np.ndarray:
+    """The ids of the best windows for each query, (B, BEST), best first; every window is scored."""
+    rows = len(source.encoded.eos)
+    best, of = np.full((rows, BEST), -np.inf), np.zeros((rows, BEST), int)
+    for start in tqdm(range(0, len(source.ids), BLOCK), "exact", unit="block", leave=False):
+        ids = source.ids[start:start + BLOCK]
+        scores = source.score(source.encoded, source.videos(ids))
+        fused = fuse(scores, torch.ones(rows, len(ids), dtype=torch.bool), 0.5, statistics).numpy()
+        best, of = np.hstack([best, fused]), np.hstack([of, np.broadcast_to(ids, fused.shape)])
+        order = np.argsort(-best, axis=1, kind="stable")[:, :BEST]
+        best, of = np.take_along_axis(best, order, 1), np.take_along_axis(of, order, 1)
+    return of
+
+
+def recall(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, best: np.ndarray) -> None:
+    """Print, for each number of candidates, how much of the exact best they hold."""
+    print(f"{'candidates':>10} {'exact best':>11} {f'best {BEST}':>9}")
+    for count in [n for n in COUNTS if n < len(source.ids)]:
+        found = [np.isin(row, ids) for row, ids in zip(best, candidates_of(stage, vectors, count, None))]
+        print(f"{count:>10} {np.mean([x[0] for x in found]):>10.1%} {np.mean(found):>9.1%}")
+
+
+@torch.no_grad()
+def latency(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, args: argparse.Namespace) -> None:
+    """Print seconds a query: stage one, reading, stage two; median and 95th percentile."""
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        store, ids = stored(source, Path(folder), args) if isinstance(source, Drawn) else (source.store, source.ids)
+        rng = np.random.default_rng(0)
+        for b in tqdm(range(len(vectors)), "latency", leave=False):
+            start = time.perf_counter()
+            near = candidates_of(stage, vectors[b:b + 1], args.candidates, None)[0]
+            first = time.perf_counter()
+            arrays = store.features(rng.permutation(ids)[:len(near)].tolist())
+            read = time.perf_counter()
+            videos = Videos(*(None if x is None else torch.as_tensor(x) for x in arrays.values()))
+            source.score(Queries(*(x[b:b + 1] for x in source.encoded)), videos)
+            taken.append((first - start, read - first, time.perf_counter() - read))
+    table = 1e3 * np.array(taken)
+    print(f"{len(near)} candidates, ms a query: median, 95th percentile")
+    for name, column in zip(("stage one", "reading", "stage two", "together"), (*table.T, table.sum(axis=1))):
+        print(f"{name:>10} {np.median(column):>9.1f} {np.percentile(column, 95):>9.1f}")
+
+
+def stored(source: Drawn, folder: Path, args: argparse.Namespace) -> tuple[Store, np.ndarray]:
+    """A real index that holds some of the drawn videos, so that reading can be timed."""
+    store = Store(folder / "index", create={})
+    for start in range(0, min(args.stored, len(source.ids)), BLOCK):
+        videos = source.videos(source.ids[start:start + BLOCK])
+        n = len(videos.mask)
+        store.put_file(f"{start}.mp4", 1, 1, 1.0, "", [(0.0, b"", None)], [(0.0, 1.0, [0])] * n,
+                       {name: x.numpy() for name, x in videos._asdict().items()}, np.zeros((n, 1), np.float32))
+    return store, store.all_windows()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--videos", type=positive, default=1000, help="V, drawn (default %(default)s)")
+    add("--queries", type=positive, default=50, help="B, drawn (default %(default)s)")
+    add("--frames", type=positive, default=12, help="K (default %(default)s)")
+    add("--dim", type=positive, default=512, help="D (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--candidates", type=positive, default=CANDIDATES, help="of the latencies (default %(default)s)")
+    add("--stored", type=positive, default=5000, help="windows in the index that is read (default %(default)s)")
+    add("--mean", action="store_true", help="one stage-one vector a video, the mean of its frames'")
+    add("--index", help="a real index instead")
+    add("--queries_file", help="jsonl with the queries of --index")
+    args = parser.parse_args(argv)
+    if bool(args.index) != bool(args.queries_file):
+        parser.error("--index and --queries_file belong together")
+    if args.queries > args.videos:
+        parser.error("--queries: at most as many as --videos")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        source = Real(args) if args.index else Drawn(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(source.ids):,} windows, {len(source.encoded.eos)} queries, {torch.get_num_threads()} threads\n"
+          f"{spreads(source)}")
+    statistics = measure_statistics(source)
+    start = time.perf_counter()
+    stage = make(source, args.mean)
+    with tempfile.TemporaryDirectory() as folder:
+        stage.save(Path(folder))
+        size = sum((Path(folder) / name).stat().st_size for name in NAMES)
+    print(f"stage one: {type(stage.index).__name__}, {stage.index.ntotal:,} vectors, {size / 2**20:,.1f} MiB, made in "
+          f"{time.perf_counter() - start:,.0f} s (drawing or reading them included)", flush=True)
+    vectors = source.stage_one_queries(statistics)
+    latency(source, stage, vectors, args)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
+    recall(source, stage, vectors, exact_best(source, statistics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""--profile: time belongs to the innermost mark alone, warm-up and evaluation to none, and the run stays as it is."""
+
+import re
+
+import pytest
+import tiny
+import torch
+
+import main_task_retrieval as trainer
+from narvid import profiling
+from narvid.profiling import STAGES, WARM_UP, Profile, stage
+
+
+class Clock:
+    """A clock that the test moves, read as wall time or through the events of a GPU that is not there."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.synchronised = 0.0, False
+        monkeypatch.setattr(profiling.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(self, "synchronised", True))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 30)
+
+    def wait(self, ms):
+        self.now += ms / 1000
+
+
+class Event:
+    """Like torch's: says nothing about time before the GPU has got there."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def record(self):
+        self.at = self.clock.now
+
+    def elapsed_time(self, end):
+        assert self.clock.synchronised
+        return 1000 * (end.at - self.at)
+
+
+def read(table):
+    """The table's text -> {stage: ms a step}."""
+    return {name: float(ms) for name, ms in re.findall(r"^(\w+) +([\d.]+)(?: +[\d.]+%)?$", table, re.MULTILINE)}
+
+
+@stage("towers")
+def towers(clock):
+    clock.wait(40)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nested_marks_count_once(monkeypatch, device):
+    clock = Clock(monkeypatch)
+    profile = Profile(2, torch.device(device))
+    for number in range(WARM_UP + 4):
+        measured = WARM_UP <= number < WARM_UP + 2
+        unit = 1 if measured else 1000  # what is not measured would be seen
+        with profile.step():
+            clock.wait(5 * unit)  # rest
+            with stage("data"):
+                clock.wait(10 * unit)
+            with stage("heads"):
+                clock.wait(1 * unit)
+                towers(clock)
+                clock.wait(2 * unit)
+            with stage("backward"):
+                clock.wait(30 * unit)
+                with stage("communication"):
+                    clock.wait(7 * unit)
+                clock.wait(20 * unit * (1 + number % 2))
+        clock.wait(1000)
+        towers(clock)  # an evaluation between two steps
+        table = profile.table()
+        assert (table is not None) == (number == WARM_UP + 1)
+        if table:
+            expected = dict.fromkeys(STAGES, 0.0) | {"data": 10, "towers": 40, "heads": 3, "backward": 60,
+                                                     "communication": 7, "rest": 5, "step": 125}
+            assert read(table) == expected
+            assert re.search(r"^towers +40.0 +32.0%$", table, re.MULTILINE)
+            assert ("3.00 GiB" in table) == (device == "cuda")
+
+
+def test_without_profile_nothing_is_kept(monkeypatch):
+    clock = Clock(monkeypatch)
+    profile = Profile(0, torch.device("cpu"))
+    for _ in range(WARM_UP + 2):
+        with profile.step():
+            towers(clock)
+    assert profile.table() is None and not profile.marks
+
+
+def test_step_that_fails_leaves_no_clock_running(monkeypatch):
+    clock = Clock(monkeypatch)
+    profile = Profile(1, torch.device("cpu"))
+    profile.seen = WARM_UP
+    with pytest.raises(KeyError), profile.step(), stage("loss"):
+        raise KeyError
+    kept = len(profile.marks)
+    towers(clock)
+    assert len(profile.marks) == kept and not profile.stack
+
+
+def test_run_on_two_ranks_is_the_run_without_profile(corpus, weights, tmp_path):
+    """Every stage is seen, with the waiting for gradients, and the losses are those of one process."""
+    def argv(run, *more):
+        return tiny.flags(corpus, tmp_path / run, "--checkpoint", weights, "--dropout", 0, "--batch_size", 8,
+                          "--select_on", "last", *more)
+
+    trainer.main(argv("one"))
+    ranks = tiny.start_ranks(2, trainer.main, argv("two", "--profile", 4, "--micro_batch", 2), log=tmp_path / "log")
+    assert [tiny.wait(process) for process in ranks] == [0, 0], (tmp_path / "log.0").read_text()
+    assert tiny.losses(tmp_path / "two") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-3)
+    logged = (tmp_path / "two" / "log.txt").read_text()
+    assert "ms a step" not in (tmp_path / "one" / "log.txt").read_text() and logged.count("ms a step") == 1
+    found = read(logged)
+    assert list(found) == [*STAGES, "step"] and all(ms > 0 for ms in found.values())
+    assert sum(found[name] for name in STAGES) == pytest.approx(found["step"], abs=0.1 * len(STAGES))
+
+
+def test_last_bucket_of_gradients_opens_communication(monkeypatch):
+    clock, profile = Clock(monkeypatch), Profile(1, torch.device("cpu"))
+    profile.seen = WARM_UP
+    monkeypatch.setattr(profiling, "allreduce_hook", lambda group, bucket: clock.wait(1))
+
+    class Bucket:
+        def __init__(self, last):
+            self.is_last = lambda: last
+
+    with profile.step(), stage("backward"):
+        clock.wait(10)
+        profiling.all_reduce(None, Bucket(False))
+        clock.wait(10)
+        profiling.all_reduce(None, Bucket(True))
+        clock.wait(8)
+    found = read(profile.table())
+    assert (found["backward"], found["communication"]) == (21, 9)
+    profiling.all_reduce(None, Bucket(True))  # and no harm where no profile runs
