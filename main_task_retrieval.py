@@ -28,6 +28,7 @@ from narvid.baselines.zeroshot import ZeroShot
 from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
 from narvid.evaluation import (Encoding, combine, encode_videos, frames_kept, score_queries, selection_score, show,
                                table_of_matrices, with_dsl, with_qb_norm)
+from narvid.feature_cache import with_features
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.frames import load_frame_index
 from narvid.metrics import text_to_video_ranks
@@ -95,6 +96,8 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--freeze_layers", type=int, default=0,
                    help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
     g.add_argument("--freeze_towers", action=switch, default=False, help="instead: train heads and logit scale alone")
+    g.add_argument("--feature_cache", metavar="DIR",
+                   help="with --freeze_towers: folder that keeps the towers' features, encoded once for all runs")
     g.add_argument("--grad_checkpointing", action=switch, default=False, help="recompute tower blocks in backward")
 
     g = parser.add_argument_group("evaluation")
@@ -173,6 +176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
     if args.micro_batch and getattr(args, "head", None) == "tightTransf":
         parser.error("--micro_batch needs a score without parameters, which tightTransf has not")
+    if args.feature_cache:
+        refuse_feature_cache(args, parser)
     if args.eval_every and args.select_on == "last" and not args.eval_only:
         parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
     if args.eval_only and not args.checkpoint and method != "zeroshot":
@@ -180,6 +185,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_only and any(word.split("=")[0] == "--select_on" for word in argv):
         parser.error("--select_on is of training; with --eval_only the checkpoint says what chose its epoch")
     return args
+
+
+def refuse_feature_cache(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Stop where features of the towers cannot stand in for them."""
+    if not args.freeze_towers:
+        parser.error("--feature_cache keeps what frozen towers give: add --freeze_towers")
+    if args.cache_frames:
+        parser.error("--cache_frames keeps pixels, --feature_cache reads none: leave it out (--no-cache_frames)")
+    inside = {"method": "internvideo", "linear_patch": "3d", "stage": "titles"}  # they reach into the towers
+    for flag, value in inside.items():
+        if getattr(args, flag, None) == value:
+            parser.error(f"--feature_cache: --{flag} {value} needs more of the towers than their features")
 
 
 def args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
@@ -518,6 +535,9 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     splits = load_data(args, world)
     model, clip_config = build_model(args)
     model.to(world.device)
+    if args.feature_cache:
+        splits = with_features(splits, args.feature_cache, model.clip, clip_config,
+                               encoding_of(model, args, clip_config, world), world)
     test = partial(evaluate, splits=splits, name="test", args=args, clip_config=clip_config, world=world, run=run,
                    final=True)
     if args.eval_only:

@@ -12,7 +12,7 @@ towers knows nothing of it, nor does evaluation, whose videos come from here too
 Other weights or another config have another key, a jpg written anew makes its video a new one: nothing stale is read,
 and nothing is deleted. The device is no part of the key: a GPU may fill what a small machine trains from. Files are
 written whole, under a temporary name, and never change: a kill costs at most what came after the last one, ranks and
-other runs add theirs. Not here: which flags go together (main_task_retrieval.py), the towers (clip.py).
+other runs add theirs; two runs that fill at once do so twice. Not here: which flags go together, the towers.
 
 Legend: V videos, K frames of a video, B queries, L words of a query, U distinct sentences, D joint dimension.
 """
@@ -143,9 +143,9 @@ def _made_of(towers: nn.Module, clip_config: ClipConfig, encoding: Encoding, wor
             weights.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     blank = torch.zeros(1, 3, encoding.image_size, encoding.image_size, dtype=torch.uint8, device=world.device)
     with encoding.autocast():
-        dim, dtype = encode_frames(towers, blank).shape[1], encode_frames(towers, blank).dtype
+        feature = encode_frames(towers, blank)  # (1, D)
     return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": asdict(clip_config),
-            "max_words": encoding.max_words, "dim": dim, "dtype": str(dtype).removeprefix("torch.")}
+            "max_words": encoding.max_words, "dim": feature.shape[1], "dtype": str(feature.dtype).split(".")[1]}
 
 
 def _digest(text: str) -> str:
@@ -186,8 +186,9 @@ def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding:
     tqdm.write(f"{folder}: {', '.join(counts)} are to be encoded, about {needed / 2**20:,.0f} MiB")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".made_of.tmp").write_text(json.dumps(made_of, indent=1))
-        os.replace(folder / ".made_of.tmp", folder / "made_of.json")
+        temporary = folder / f".made_of-{uuid.uuid4().hex}.tmp"  # another run may start at the same moment
+        temporary.write_text(json.dumps(made_of, indent=1))
+        os.replace(temporary, folder / "made_of.json")
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return f"--feature_cache {folder.parent}: cannot be written ({error.strerror}); name another folder"

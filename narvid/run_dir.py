@@ -28,8 +28,8 @@ from tqdm import tqdm
 from . import InputError
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
-FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "log_every", "save_every",
-                  "tensorboard")
+FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
+                  "save_every", "tensorboard")
 
 
 class RunDir:

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def entries(cache):
 
 @pytest.fixture(scope="module")
 def start(corpus, weights, tmp_path_factory):
-    """argv of runs with frozen towers, without --output_dir's folder."""
+    """argv of a run with frozen towers."""
     return tiny.flags(corpus, tmp_path_factory.mktemp("run") / "none", "--checkpoint", weights, *FROZEN)
 
 
@@ -64,7 +65,7 @@ def filled(prepared, tmp_path_factory):
 
 
 def train(corpus, weights, run, *more):
-    """A run -> (loss parts of every step, gradients of the first, its folder)."""
+    """A run -> (loss parts of every step, gradients of the first, test metrics)."""
     parts, gradients, real_step = [], {}, trainer.train_step
 
     def step(model, *rest):
@@ -84,10 +85,11 @@ def train(corpus, weights, run, *more):
 
 def test_a_run_from_features_is_the_run_from_pixels(corpus, weights, filled, tmp_path, monkeypatch):
     parts, gradients, metrics = train(corpus, weights, tmp_path / "pixels")
+    assert len(parts) == 4
     monkeypatch.setattr(datasets, "read_frames", None)  # no pixel is read, of no split
     more = ("--feature_cache", filled[0], "--num_workers", 1)
     parts_2, gradients_2, metrics_2 = train(corpus, weights, tmp_path / "features", *more)
-    assert len(parts) == 4 and metrics_2 == metrics
+    assert metrics_2 == metrics
     for ours, theirs in zip(parts_2, parts, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     one, other = (np.load(tmp_path / name / "similarity.npz") for name in ("pixels", "features"))
@@ -98,21 +100,23 @@ def test_a_run_from_features_is_the_run_from_pixels(corpus, weights, filled, tmp
     assert gradients_2.keys() == trained and gradients.keys() == trained
     for name, gradient in gradients_2.items():
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-6)
-    assert sum(bool(g.any()) for g in gradients_2.values()) == len(trained)
+        # A softmax does not see what all its inputs have in common: these gradients are 0 but for rounding.
+        assert gradient.any() or name.endswith((".key.bias", "word_weight_mlp.2.bias")), name
 
 
-METHODS = {"narvid": (), "bf16": ("--precision", "bf16"),
-           "fp16 weights": ("--recipe", "reported"),
+METHODS = {"narvid": (), "bf16": ("--precision", "bf16"), "fp16 weights": ("--recipe", "reported"),
            "segments": ("--frame_sampling", "segments", "--max_frames", 3),
            "clip4clip": ("--method", "clip4clip"), "clip2video": ("--method", "clip2video"),
            "cap4video": ("--method", "cap4video", "--titles", "narrations.jsonl")}
+TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @pytest.mark.parametrize("more", METHODS.values(), ids=METHODS)
 def test_every_method_makes_the_same_of_features(corpus, tmp_path, monkeypatch, more):
     monkeypatch.chdir(corpus)
     args, splits, model, rest = prepare([*tiny.flags(corpus, tmp_path / "run"), "--freeze_towers", *more])
-    dtype = {"bf16": torch.bfloat16}.get(args.precision, torch.float16 if args.recipe == "reported" else torch.float32)
+    dtype = torch.float16 if args.recipe == "reported" else getattr(torch, TYPES[args.precision])
+    close = 1e-5 if dtype == torch.float32 else 3e-2  # a step of bf16 is 1/128
     model.eval()
     made = []
     for split in (splits["train"], with_features({"train": splits["train"]}, tmp_path, *rest, ALONE)["train"]):
@@ -121,13 +125,14 @@ def test_every_method_makes_the_same_of_features(corpus, tmp_path, monkeypatch, 
         batch = collate([dataset[i] for i in range(0, 39, 3)], split=split, max_words=args.max_words,
                         max_frames=args.max_frames, with_queries=True)
         with trainer.autocast(args, ALONE.device), torch.no_grad():
-            made.append([*itertools.chain(*model.eval()(*batch[2:])[:2])])
+            queries, videos, _ = model(*batch[2:])
+        made.append([*queries, *videos])
     assert batch.frames.dtype == batch.tokens.dtype == dtype and batch.frames.ndim == 3
     words = batch.word_mask
     for ours, theirs in zip(made[1], made[0], strict=True):
         if theirs is not None and theirs.shape[:2] == words.shape:  # of padded words nothing is kept
             ours, theirs = ours[words], theirs[words]
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
 
 
 def test_two_processes_fill_one_cache_and_train_from_it(corpus, weights, filled, tmp_path):
@@ -240,7 +245,7 @@ def full_disk(*_):
 
 REFUSALS = {"No space left on device": lambda patch: patch.setattr(torch, "save", full_disk),
             "its disk has 0.0; make room": lambda patch: patch.setattr(
-                shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0)),
+                shutil, "disk_usage", lambda _: SimpleNamespace(free=0)),
             "one folder that all of them see": lambda patch: patch.setattr(
                 feature_cache, "agree", lambda error, _: error),
             "cannot be written (Not a directory)": None}

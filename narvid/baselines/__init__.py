@@ -13,5 +13,8 @@ A method is an nn.Module over the towers `self.clip`, without a base class. What
     combine(scores, weight, statistics=None)       optional: (name, (B, V)) of the result table, the result last
     load_release(state, source)                    optional: a released checkpoint
 
+Frames and text pass through clip.encode_frames and clip.encode_text of `self.clip`, which take the feature cache's
+features too; where a method reaches deeper into the towers, the trainer's refuse_feature_cache must say so.
+
 To add one: write the file, name it in METHODS of main_task_retrieval.py, and tests/test_guards.py will look at it.
 """
