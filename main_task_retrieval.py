@@ -31,6 +31,7 @@ from narvid.evaluation import (Encoding, combine, encode_videos, frames_kept, sc
 from narvid.feature_cache import with_features
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.frames import load_frame_index
+from narvid.gradient_cache import backward_in_parts
 from narvid.metrics import text_to_video_ranks
 from narvid.model import MODULES, NarVid, NarVidConfig
 from narvid.narrations import load_narrations
@@ -387,10 +388,15 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
             totals[name] = totals.get(name, 0) + value.detach().double() / len(batches)
         return scaler.scale(sum(parts.values()) / len(batches))
 
+    encode = partial(features_of, model, args=args, world=world)
+    no_sync = model.no_sync if world.size > 1 else contextlib.nullcontext
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        backward = backward_in_parts if 0 < args.micro_batch < len(batch.video) else backward_at_once
-        backward(model, batch, partial(loss_of, batch), args, world, reduce=last)
+        if 0 < args.micro_batch < len(batch.video):
+            backward_in_parts(encode, partial(loss_of, batch), batch, args.micro_batch, no_sync, reduce=last)
+        else:
+            with contextlib.nullcontext() if last else no_sync():
+                loss_of(batch, *encode(batch)).backward()
     scaler.unscale_(optimizer)
     norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
     *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # where the CPU waits for the GPU, once
@@ -406,49 +412,12 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
     return dict(zip(totals, values))
 
 
-def encode(model, batch, args, world) -> tuple:
+def features_of(model, batch, args, world) -> tuple:
     """A batch -> queries, videos and logit scale."""
     batch = batch.to(world.device)
     with autocast(args, world.device):
         return model(batch.tokens, batch.word_mask, batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
                      batch.narration_mask)
-
-
-def backward_at_once(model, batch, loss_of, args, world, *, reduce: bool) -> None:
-    """Adds the gradient of loss_of(queries, videos, scale) to the parameters; `reduce`: then the mean over ranks."""
-    with contextlib.nullcontext() if reduce or world.size == 1 else model.no_sync():
-        loss_of(*encode(model, batch, args, world)).backward()
-
-
-def backward_in_parts(model, batch, loss_of, args, world, *, reduce: bool) -> None:
-    """The same gradient with the memory of --micro_batch pairs (gradient cache, Gao et al. 2021).
-
-    1. Encode all without a graph. 2. The loss's gradient with respect to the features. 3. Encode part by part again and
-    go on backward from there. Dropout is the same in 1 and 3; its noise is another than `backward_at_once` would draw.
-    """
-    parts, seed = batch.split(args.micro_batch), torch.initial_seed()
-
-    def encode_part(k: int, module) -> tuple:
-        torch.manual_seed((seed + k) % 2 ** 63)
-        return encode(module, parts[k], args, world)
-
-    def leaf(column: tuple) -> torch.Tensor | None:
-        return None if column[0] is None else torch.cat(column).requires_grad_(column[0].is_floating_point())
-
-    with torch.no_grad():
-        encoded = [encode_part(k, plain(model)) for k in range(len(parts))]
-    queries, videos = (type(same[0])(*map(leaf, zip(*same))) for same in list(zip(*encoded))[:2])
-    scale = encoded[0][2].clone().requires_grad_()
-    loss_of(queries, videos, scale).backward()
-
-    for k in range(len(parts)):
-        last = k == len(parts) - 1
-        with contextlib.nullcontext() if last and reduce or world.size == 1 else model.no_sync():
-            of_queries, of_videos, of_scale = encode_part(k, model)
-            pairs = [(x, whole.grad.split(args.micro_batch)[k])
-                     for x, whole in zip([*of_queries, *of_videos], [*queries, *videos])
-                     if x is not None and x.requires_grad and whole.grad is not None]
-            torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))
 
 
 def stop_unless_finite(value: float, what: str, batches: list, split, world) -> None:
