@@ -35,6 +35,7 @@ from narvid.gradient_cache import backward_in_parts
 from narvid.metrics import text_to_video_ranks
 from narvid.model import MODULES, NarVid, NarVidConfig
 from narvid.narrations import load_narrations
+from narvid.profiling import Profile, all_reduce, stage
 from narvid.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
 from narvid.titles import load_titles, with_titles
@@ -100,6 +101,8 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--feature_cache", metavar="DIR",
                    help="with --freeze_towers: folder that keeps the towers' features, encoded once for all runs")
     g.add_argument("--grad_checkpointing", action=switch, default=False, help="recompute tower blocks in backward")
+    g.add_argument("--compile", action=switch, default=False,
+                   help="torch.compile for the blocks of both towers; the first steps take minutes")
 
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test and leave")
@@ -121,6 +124,7 @@ def build_parser(method: str = "narvid") -> Parser:
     g.add_argument("--deterministic", action=switch, default=False, help="only deterministic kernels")
     g.add_argument("--save_every", type=count, default=0, help="save every n steps too; 0: at an epoch's end")
     g.add_argument("--log_every", type=positive, default=50, help="steps")
+    g.add_argument("--profile", type=count, default=0, help="log where the time of n early steps goes; 0: no")
     g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
     return parser
 
@@ -258,6 +262,8 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
     else:
         optim.freeze(towers, args.freeze_layers)
     towers.set_grad_checkpointing(args.grad_checkpointing)
+    if args.compile:
+        clip.compile_blocks(towers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return model, clip_config
 
 
@@ -381,9 +387,11 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         # Every rank scores its queries with all videos, then the rows meet: words stay where they are.
         videos = distributed.gather_features(videos)
         score = partial(match, **matching(args)) if args.method == "narvid" else plain(model).score
-        similarity = {view: distributed.gather(s) for view, s in score(queries, videos).items()}
+        with stage("matching"):
+            similarity = {view: distributed.gather(s) for view, s in score(queries, videos).items()}
         video_index = distributed.gather(batch.video.to(world.device))
-        parts = loss_parts(plain(model), similarity, scale, video_index, args)
+        with stage("loss"):
+            parts = loss_parts(plain(model), similarity, scale, video_index, args)
         for name, value in parts.items():
             totals[name] = totals.get(name, 0) + value.detach().double() / len(batches)
         return scaler.scale(sum(parts.values()) / len(batches))
@@ -396,26 +404,30 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
             backward_in_parts(encode, partial(loss_of, batch), batch, args.micro_batch, no_sync, reduce=last)
         else:
             with contextlib.nullcontext() if last else no_sync():
-                loss_of(batch, *encode(batch)).backward()
-    scaler.unscale_(optimizer)
-    norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
-    *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # where the CPU waits for the GPU, once
-    stop_unless_finite(sum(values), f"the loss at {where}", batches, split, world)
-    if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
-        stop_unless_finite(norm, f"the gradient at {where}", batches, split, world)
-    scaler.step(optimizer)
-    scaler.update()
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batches, split, world)
-    with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
-        plain(model).clip.logit_scale.clamp_(max=np.log(100))
+                loss = loss_of(batch, *encode(batch))
+                with stage("backward"):
+                    loss.backward()
+    with stage("optimiser"):
+        scaler.unscale_(optimizer)
+        norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
+        *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # where the CPU waits for the GPU, once
+        stop_unless_finite(sum(values), f"the loss at {where}", batches, split, world)
+        if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
+            stop_unless_finite(norm, f"the gradient at {where}", batches, split, world)
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batches, split, world)
+        with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
+            plain(model).clip.logit_scale.clamp_(max=np.log(100))
     return dict(zip(totals, values))
 
 
 def features_of(model, batch, args, world) -> tuple:
     """A batch -> queries, videos and logit scale."""
-    batch = batch.to(world.device)
-    with autocast(args, world.device):
+    with stage("data"):
+        batch = batch.to(world.device)
+    with stage("heads"), autocast(args, world.device):  # less the towers, which have a mark of their own
         return model(batch.tokens, batch.word_mask, batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
                      batch.narration_mask)
 
@@ -528,6 +540,9 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     # The only buffers are constants; gradients as views save their size once more.
     wrapped = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False,
                                                                     gradient_as_bucket_view=True)
+    profile = Profile(args.profile, world.device)
+    if args.profile and world.size > 1:
+        wrapped.register_comm_hook(None, all_reduce)
     run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
             f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
 
@@ -555,7 +570,7 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
         save("last.pt")
 
     while progress["epoch"] < args.epochs:
-        train_one_epoch(wrapped, loader, sampler, optimizer, scaler, progress, train, args, world, run,
+        train_one_epoch(wrapped, loader, sampler, optimizer, scaler, progress, train, args, world, run, profile,
                         save=partial(save, "last.pt"), select=select)
     if args.select_on == "last":
         save("best.pt")
@@ -585,7 +600,7 @@ def resume(run: RunDir, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 
 
 def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, progress: dict, split, args, world,
-                    run: RunDir, *, save, select) -> None:
+                    run: RunDir, profile: Profile, *, save, select) -> None:
     """From progress["step"] to the end of progress["epoch"]; leaves progress at the start of the next epoch."""
     epoch, total = progress["epoch"], sampler.steps * args.epochs
     sampler.set(epoch, progress["step"])
@@ -596,10 +611,15 @@ def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, prog
     for step in bar:
         factor = optim.warmup_cosine(progress["global_step"] / total, args.warmup)
         optim.set_lr(optimizer, factor)
-        of_step = np.random.SeedSequence([args.seed, progress["global_step"], world.rank])
-        torch.manual_seed(int(of_step.generate_state(1)[0]))  # dropout
-        parts = train_step(model, [next(batches) for _ in range(args.gradient_accumulation_steps)], optimizer, scaler,
-                           f"epoch {epoch + 1}, step {step + 1}", split, args, world)
+        seed = np.random.SeedSequence([args.seed, progress["global_step"], world.rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
+        with profile.step():
+            with stage("data"):
+                of_step = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+            parts = train_step(model, of_step, optimizer, scaler, f"epoch {epoch + 1}, step {step + 1}", split, args,
+                               world)
+        if table := profile.table():
+            run.log(table)
         progress["step"], progress["global_step"] = step + 1, progress["global_step"] + 1
         loss = sum(parts.values())
         bar.set_postfix(loss=f"{loss:.3f}")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import InputError
+from .profiling import stage
 
 
 class World(NamedTuple):
@@ -60,6 +61,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
+    @stage("communication")
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.rows = len(x)
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -67,6 +69,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @stage("communication")
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use its own elsewhere
         dist.all_reduce(gradient)
@@ -149,6 +152,7 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
+@stage("communication")
 def _all_gather(x: Tensor) -> list[Tensor]:
     as_bytes = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
     parts = [torch.empty_like(as_bytes) for _ in range(dist.get_world_size())]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .datasets import Batch
+from .profiling import stage
 
 
 def backward_in_parts(encode: Callable, loss_of: Callable, batch: Batch, size: int, no_sync: Callable, *,
@@ -37,7 +38,9 @@ def backward_in_parts(encode: Callable, loss_of: Callable, batch: Batch, size: i
         encoded = [encode_part(k) for k in range(len(parts))]
     queries, videos = (type(same[0])(*map(leaf, zip(*same))) for same in list(zip(*encoded))[:2])
     scale = encoded[0][2].clone().requires_grad_()
-    loss_of(queries, videos, scale).backward()
+    loss = loss_of(queries, videos, scale)
+    with stage("backward"):
+        loss.backward()
 
     for k in range(len(parts)):
         last = k == len(parts) - 1
@@ -45,4 +48,5 @@ def backward_in_parts(encode: Callable, loss_of: Callable, batch: Batch, size: i
             of_queries, of_videos, of_scale = encode_part(k)
             pairs = [(x, whole.grad.split(size)[k]) for x, whole in zip([*of_queries, *of_videos], [*queries, *videos])
                      if x is not None and x.requires_grad and whole.grad is not None]
-            torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))
+            with stage("backward"):
+                torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))

@@ -29,7 +29,7 @@ from . import InputError
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
-                  "save_every", "tensorboard")
+                  "save_every", "tensorboard", "profile")
 
 
 class RunDir:

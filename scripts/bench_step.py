@@ -1,7 +1,7 @@
 """A training step of the paper's recipe beside its two towers alone and one matrix product, all in the same run.
 
   python scripts/bench_step.py                                   MSR-VTT's step: ViT-B/16, 64 videos; for a GPU
-  python scripts/bench_step.py --videos 8 --repeats 3            what two CPU cores do in some minutes
+  python scripts/bench_step.py --videos 8 --repeats 3            a smaller batch, for a CPU
   python scripts/bench_step.py --videos 8 --micro_batch 4 --compile      and those two beside it
 
 Step: the trainer's own train_step. Towers: forward of the same frames, sentences and queries, backward from features

@@ -1,4 +1,6 @@
-"""--profile: time belongs to the innermost mark alone, warm-up and evaluation to none, and the run stays as it is."""
+"""--profile: time belongs to the innermost mark alone, warm-up and evaluation to none, and the run stays as it is;
+and scripts/bench_step.py, which reads the same marks.
+"""
 
 import re
 
@@ -7,8 +9,9 @@ import tiny
 import torch
 
 import main_task_retrieval as trainer
-from narvid import profiling
+from narvid import distributed, profiling
 from narvid.profiling import STAGES, WARM_UP, Profile, stage
+from scripts import bench_step
 
 
 class Clock:
@@ -105,11 +108,11 @@ def test_step_that_fails_leaves_no_clock_running(monkeypatch):
 def test_run_on_two_ranks_is_the_run_without_profile(corpus, weights, tmp_path):
     """Every stage is seen, with the waiting for gradients, and the losses are those of one process."""
     def argv(run, *more):
-        return tiny.flags(corpus, tmp_path / run, "--checkpoint", weights, "--dropout", 0, "--batch_size", 8,
-                          "--select_on", "last", *more)
+        return tiny.flags(corpus, tmp_path / run, "--checkpoint", weights, "--dropout", 0, "--batch_size", 6,
+                          "--epochs", 1, "--select_on", "last", *more)
 
     trainer.main(argv("one"))
-    ranks = tiny.start_ranks(2, trainer.main, argv("two", "--profile", 4, "--micro_batch", 2), log=tmp_path / "log")
+    ranks = tiny.start_ranks(2, trainer.main, argv("two", "--profile", 3, "--micro_batch", 2), log=tmp_path / "log")
     assert [tiny.wait(process) for process in ranks] == [0, 0], (tmp_path / "log.0").read_text()
     assert tiny.losses(tmp_path / "two") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-3)
     logged = (tmp_path / "two" / "log.txt").read_text()
@@ -137,3 +140,32 @@ def test_last_bucket_of_gradients_opens_communication(monkeypatch):
     found = read(profile.table())
     assert (found["backward"], found["communication"]) == (21, 9)
     profiling.all_reduce(None, Bucket(True))  # and no harm where no profile runs
+
+
+# ---------------------------------------------------------------------------------------------- scripts/bench_step.py
+
+
+def test_benchmark_of_a_step_prints_every_row(corpus, capsys):
+    bench_step.main(["--model", str(corpus / "clip.json"), "--videos", "4", "--frames", "3", "--repeats", "1",
+                     "--threads", "1", "--micro_batch", "2"])
+    printed = capsys.readouterr().out
+    assert "fp32" not in printed and "(the paper's batch is 64)" in printed
+    shares = dict(re.findall(r"^([a-z ]+\S) +[\d.]+ +([\d.]+)%$", printed.partition("seconds")[0], re.MULTILINE))
+    assert 50 < float(shares["towers"]) < 100 == float(shares["step"]) and 0 < float(shares["heads"]) < 50
+    rows = dict(re.findall(r"^([a-z]+(?:, [a-z]+.*?)?) +[\d.]+ +([\d.]+) +[\d.]+ +[\d.]+%$", printed, re.MULTILINE))
+    assert list(rows) == ["unit", "towers", "step", "step, checkpointing", "step, micro-batch 2"]
+    assert float(rows["towers"]) == 1
+    assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in STAGES)
+    assert printed.count("not run") == 2  # what needs a GPU
+
+
+def test_counted_work_grows_with_the_batch(corpus):
+    args = bench_step.parse_args(["--model", str(corpus / "clip.json"), "--videos", "2", "--frames", "3"])
+    bench = bench_step.Bench(args, distributed.start())
+    few = bench_step.flops_of(bench.towers)
+    bench.batch = bench_step.make_batch(6, 3, tiny.SIDE)
+    assert bench_step.flops_of(bench.towers) == 3 * few > 0
+    queries, sentences = bench.batch.word_mask.sum(dim=1), (bench.batch.sentences > 0).sum(dim=1)
+    assert queries.max() == 22 and queries.min() >= 10 and sentences.max() == 25 and sentences.min() >= 10
+    ends = bench.batch.tokens.argmax(dim=1)  # where the text tower looks for the end
+    assert torch.equal(ends, queries - 1) and bench.batch.sentences.unique(dim=0).shape[0] == 18
