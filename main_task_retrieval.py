@@ -537,9 +537,7 @@ def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     progress = resume(run, model, optimizer, scaler)
     run.open(tensorboard=args.tensorboard, step=progress["global_step"])
-    # The only buffers are constants; gradients as views save their size once more.
-    wrapped = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False,
-                                                                    gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     profile = Profile(args.profile, world.device)
     if args.profile and world.size > 1:
         wrapped.register_comm_hook(None, all_reduce)

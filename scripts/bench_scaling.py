@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> tuple[list, c
     formula = cost.Traffic(0, 0, 0)
     if world.size > 1:
         formula = cost.traffic(args.videos * world.size, args.frames, config.embed_dim, cost.gradient_bytes(model))
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     counted, seconds = Counted(model), []
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:

@@ -13,9 +13,9 @@ it in the page cache; stage two, their scores. Encoding the query is not in it (
 
 What is drawn, where there is no index. A direction in a space of RANK dimensions for each of TOPICS topics; a video has
 EVENTS events, each partly its topic's and partly its own; a frame is its event with a little noise, a sentence with
-more; both are put into D dimensions, where noise is added, and brought to length 1. A query tells two events of a
-video: its eos lies between them, each word near one. The spreads of the cosines are printed: constants above are such
-that they resemble those of the demo's trained model (--index prints them too).
+more; both are put into D dimensions, where noise from a pool is added, and brought to length 1. A query tells the
+events of a video: its eos lies between them, each word near one. The spreads of the cosines are printed; they resemble
+those of the demo's trained model, which --index prints.
 Here: drawing, exact ranking, timing. Not here: stage one and stage two (narvid/search).
 
 Legend: B queries, V videos, K frames and sentences, L words, D joint dimension.
@@ -44,14 +44,15 @@ from narvid.fusion import matrix_statistics
 from narvid.model import Queries, Videos
 from narvid.search.embedding import Embedder
 from narvid.search.engine import CANDIDATES, candidates_of, fuse
-from narvid.search.stage_one import NAMES, TRAINING, StageOne
+from narvid.search.stage_one import TRAINING, StageOne, files_of
 from narvid.search.store import Store
 from narvid.similarity import match
 
-RANK, TOPICS, EVENTS, WORDS = 14, 300, 3, 12
+RANK, TOPICS, EVENTS, WORDS = 11, 300, 2, 12
 OF_TOPIC = 0.3  # share of an event's variance that its topic makes
-FRAME_NOISE, SENTENCE_NOISE, QUERY_NOISE, WORD_NOISE = 0.2, 0.5, 0.3, 0.8  # in the space of RANK dimensions
-SPREAD = 0.35  # length of the noise in D dimensions; the rest has length about 1
+SCATTER = np.float32([0.2, 0.5])[:, None, None]  # of frames and of sentences around their event, a dimension of RANK
+QUERY_SCATTER, WORD_SCATTER = 0.3, 0.8
+SPREAD, POOL = 0.35, 20_000  # length of the noise in D dimensions, where the rest has about 1; how much of it is drawn
 BLOCK = 500  # videos drawn and scored at a time
 COUNTS = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
 BEST = 10
@@ -67,6 +68,8 @@ class Drawn:
         self.topics = rng.standard_normal((TOPICS, RANK), dtype=np.float32)
         self.lift = rng.standard_normal((RANK, args.dim), dtype=np.float32) / np.float32((RANK * args.dim) ** 0.5)
 
+        # A pool: as many normal numbers as there are features would take longer than all else.
+        self.noise = rng.standard_normal((POOL, args.dim), dtype=np.float32) * np.float32(SPREAD / args.dim ** 0.5)
         self.ids = np.arange(args.videos)
         self.asked = rng.choice(args.videos, args.queries, replace=False)
         self.encoded = self.queries(self.asked)
@@ -88,25 +91,29 @@ class Drawn:
 
     def videos(self, numbers: np.ndarray) -> Videos:
         """These videos' features, (V, K, D) a view."""
-        frames, narration = (np.empty((len(numbers), self.k, self.d), np.float32) for _ in range(2))
-        for row, number in enumerate(numbers):
+        latent, rows = np.empty((len(numbers), 2, self.k, RANK), np.float32), np.empty((len(numbers), 2, self.k), int)
+        for i, number in enumerate(numbers):
             rng, events = self._events(number)
-            of_frame = events[np.arange(self.k) * EVENTS // self.k]  # (K, RANK)
-            frames[row] = self._lifted(rng, of_frame, FRAME_NOISE)
-            narration[row] = self._lifted(rng, of_frame, SENTENCE_NOISE)
+            scatter = rng.standard_normal((2, self.k, RANK), dtype=np.float32)
+            latent[i] = events[np.arange(self.k) * EVENTS // self.k] + SCATTER * scatter
+            rows[i] = rng.integers(len(self.noise), size=(2, self.k))
+        frames, narration = torch.from_numpy(self._lifted(latent, rows)).unbind(dim=1)
         mask = torch.ones(len(numbers), self.k, dtype=torch.bool)
-        return Videos(torch.from_numpy(frames), torch.from_numpy(narration), mask, mask)
+        return Videos(frames, narration, mask, mask)
 
     def queries(self, numbers: np.ndarray) -> Queries:
-        """One query for each of these videos; it tells the first two of its events."""
-        eos, words = [], []
+        """One query for each of these videos; it tells all of its events."""
+        parts = []
         for number in numbers:
-            events = self._events(number)[1][:2]
+            events = self._events(number)[1]
             rng = np.random.default_rng([self.seed, number, 1])
-            eos.append(self._lifted(rng, events.mean(axis=0, keepdims=True) * 2 ** 0.5, QUERY_NOISE)[0])
-            words.append(self._lifted(rng, events[np.arange(WORDS) % 2], WORD_NOISE))
+            told = np.vstack([events.mean(axis=0) * EVENTS ** 0.5, events[np.arange(WORDS) % EVENTS]])
+            scatter = np.array([QUERY_SCATTER] + [WORD_SCATTER] * WORDS, np.float32)[:, None]
+            latent = told.astype(np.float32) + scatter * rng.standard_normal(told.shape, dtype=np.float32)
+            parts.append(self._lifted(latent, rng.integers(len(self.noise), size=len(told))))
+        features = torch.from_numpy(np.stack(parts))  # (B, 1 + L, D)
         mask = torch.ones(len(numbers), WORDS, dtype=torch.bool)
-        return Queries(torch.from_numpy(np.stack(eos)), torch.from_numpy(np.stack(words)), mask, mask / WORDS)
+        return Queries(features[:, 0], features[:, 1:], mask, mask / WORDS)
 
     def _events(self, number: int) -> tuple[np.random.Generator, np.ndarray]:
         rng = np.random.default_rng([self.seed, number, 0])
@@ -114,11 +121,11 @@ class Drawn:
         topic = self.topics[rng.integers(TOPICS)]
         return rng, np.float32(OF_TOPIC ** 0.5) * topic + np.float32((1 - OF_TOPIC) ** 0.5) * own
 
-    def _lifted(self, rng: np.random.Generator, latent: np.ndarray, noise: float) -> np.ndarray:
-        """(n, RANK) -> (n, D) of length 1."""
-        latent = latent + np.float32(noise) * rng.standard_normal(latent.shape, dtype=np.float32)
-        x = latent @ self.lift + np.float32(SPREAD / self.d ** 0.5) * rng.standard_normal(x.shape, dtype=np.float32)
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
+    def _lifted(self, latent: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(..., RANK) and rows of the noise (...) -> (..., D) of length 1."""
+        x = latent @ self.lift
+        x += self.noise[rows]
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class Real:
@@ -138,7 +145,7 @@ class Real:
     def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Stage one's."""
         for ids, pooled in self.store.pooled(BLOCK):
-            yield ids, *self.embedder.vectors_of(pooled)
+            yield ids, *self.embedder.vectors_of(pooled, "text")
 
     def stage_one_queries(self, statistics: tuple) -> np.ndarray:
         """(B, W)."""
@@ -185,7 +192,7 @@ def make(source: Drawn | Real, mean: bool) -> StageOne:
         videos = source.videos(wanted)
         sample = torch.cat([videos.frames, videos.narration], dim=2).numpy()
     else:
-        sample = source.embedder.vectors_of(source.embedder.pool_videos(source.videos(wanted)))[0]
+        sample = source.embedder.vectors_of(source.embedder.pool_videos(source.videos(wanted)), "text")[0]
     sample = pooled(sample)
     sample = sample[sample.any(axis=2)]
     blocks = tqdm(source.vectors(), "stage one", -(-len(source.ids) // BLOCK), unit="block", leave=False)
@@ -229,7 +236,7 @@ def latency(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, args: ar
             first = time.perf_counter()
             arrays = store.features(rng.permutation(ids)[:len(near)].tolist())
             read = time.perf_counter()
-            videos = Videos(*(None if x is None else torch.as_tensor(x) for x in arrays.values()))
+            videos = Videos(**{name: torch.as_tensor(arrays[name]) for name in Videos._fields})
             source.score(Queries(*(x[b:b + 1] for x in source.encoded)), videos)
             taken.append((first - start, read - first, time.perf_counter() - read))
     table = 1e3 * np.array(taken)
@@ -282,8 +289,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     stage = make(source, args.mean)
     with tempfile.TemporaryDirectory() as folder:
-        stage.save(Path(folder))
-        size = sum((Path(folder) / name).stat().st_size for name in NAMES)
+        stage.save(Path(folder), "text")
+        size = sum(path.stat().st_size for path in files_of(Path(folder), "text"))
     print(f"stage one: {type(stage.index).__name__}, {stage.index.ntotal:,} vectors, {size / 2**20:,.1f} MiB, made in "
           f"{time.perf_counter() - start:,.0f} s (drawing or reading them included)", flush=True)
     vectors = source.stage_one_queries(statistics)

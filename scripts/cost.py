@@ -39,7 +39,7 @@ HBM = 4.8e12  # bytes/s of the GPU's memory
 NVLINK = 450e9  # bytes/s a GPU sends inside a machine (900 GB/s both ways)
 INFINIBAND = 50e9  # bytes/s a GPU sends between machines: one 400 Gb/s card a GPU
 
-# ---- assumed: LLaVA 1.5 7B. 6.74e9 weights of Vicuna 7B (32 layers, width 4096), ViT-L/14 at 336 px before it ----
+# ---- assumed: LLaVA 1.5 7B. 6.74e9 weights of Vicuna 7B (32 layers, width 4096); its picture tower is left out ----
 WEIGHTS, LAYERS, WIDTH = 6.74e9, 32, 4096
 PROMPT = 576 + 24  # tokens: a picture's, and about those of prompt C with its frame
 NEW_TOKENS = 77  # narvid/captioners.py's limit; prompt C asks for no single sentence, so most answers reach it
@@ -47,10 +47,11 @@ NARRATION_BATCH = 16  # narrate.sh's default
 EAGER_STEP = 1 / 25.5  # s a decoding step takes where the CPU's calls are the limit: 25.5 tokens/s of a plain 7B model
 #                        on an A100, pytorch.org/blog/accelerating-generative-ai-2
 
-# ---- measured here (LOG.md, "The data path"): one core, 15 real MSR-VTT clips; kB of a stored frame ----
+# ---- measured here (scripts/bench_frames.py): one core, 15 real MSR-VTT clips; kB of a stored frame ----
 READING = {256: (203, 34.6), 224: (677, 28.5)}  # short side -> frames/s of one core, kB a frame
-TEXT = 0.43  # ms to tokenise a sentence of 57 tokens, one core
+TEXT = 0.46  # ms to tokenise a sentence of 61 tokens, one core
 CORES = 16  # a GPU
+DIM = 512  # D of ViT-B/16
 PAIR_WORDS = 64  # tokens every text is counted with: --max_words, the most
 
 
@@ -76,9 +77,10 @@ CORPORA = [Corpus("MSR-VTT", "msrvtt_vitb16", 180_000, 9_000, 10_000, 15.5, 11.8
 # ------------------------------------------------------------------------------------------------------ the model
 
 
-def build(name: str = "ViT-B-16") -> nn.Module:
-    """NarVid on open_clip's model `name`, on the meta device, the embeddings frozen as in the presets."""
-    config = open_clip.get_model_config(name)
+@cache
+def build() -> nn.Module:
+    """NarVid on ViT-B/16, on the meta device, the embeddings frozen as in the presets."""
+    config = open_clip.get_model_config("ViT-B-16")
     with torch.device("meta"):
         towers = clip.build_towers(clip.ClipConfig(config["embed_dim"], config["vision_cfg"], config["text_cfg"]))
         model = NarVid(towers, NarVidConfig(config["embed_dim"]))
@@ -94,29 +96,38 @@ def flops(run: Callable[[], torch.Tensor]) -> int:
 
 
 @cache
-def flops_of_units(model: nn.Module, k: int, tokens: int = PAIR_WORDS) -> tuple[int, int, int]:
-    """Training FLOPs of one frame, of one text, and of a video's heads with K frames and sentences."""
-    side, dim = model.clip.visual.image_size[0], model.heads.config.dim
+def flops_of_towers() -> tuple[int, int]:
+    """Training FLOPs of one frame, and of one text of PAIR_WORDS tokens."""
+    towers = build().clip
     with torch.device("meta"):
-        picture, text = torch.zeros(1, 3, side, side), torch.zeros(1, tokens, dtype=torch.long)
-        features = [torch.zeros(1, k, dim, requires_grad=True) for _ in range(2)]
+        picture = torch.zeros(1, 3, *towers.visual.image_size)
+        text = torch.zeros(1, PAIR_WORDS, dtype=torch.long)
+    return (flops(lambda: clip.encode_frames(towers, picture).sum()),
+            flops(lambda: clip.encode_text(towers, text)[1].sum()))
+
+
+@cache
+def flops_of_heads(k: int) -> int:
+    """Training FLOPs of co-attention and temporal encoders for one video with K frames and sentences."""
+    heads = build().heads
+    with torch.device("meta"):
+        features = [torch.zeros(1, k, heads.config.dim, requires_grad=True) for _ in range(2)]
         mask = torch.ones(1, k, dtype=torch.bool)
 
-    def heads():
-        videos = model.heads.enhance(*features, mask, mask)
+    def enhance() -> torch.Tensor:
+        videos = heads.enhance(*features, mask, mask)
         return videos.frames.sum() + videos.narration.sum()
 
-    return (flops(lambda: clip.encode_frames(model.clip, picture).sum()),
-            flops(lambda: clip.encode_text(model.clip, text)[1].sum()), flops(heads))
+    return flops(enhance)
 
 
-def flops_of_pair(model: nn.Module, frames: float, k: int) -> dict[str, float]:
+def flops_of_pair(frames: float, k: int) -> dict[str, float]:
     """Training FLOPs of one pair: its video's frames and sentences (as many), its query, the heads. Matching aside."""
-    frame, text, heads = flops_of_units(model, k)
-    return {"frames": frames * frame, "sentences": frames * text, "query": text, "heads": heads}
+    frame, text = flops_of_towers()
+    return {"frames": frames * frame, "sentences": frames * text, "query": text, "heads": flops_of_heads(k)}
 
 
-def matching_flops(batch: int, world: int, k: int = 12, words: int = 32, dim: int = 512) -> float:
+def matching_flops(batch: int, world: int, k: int = 12, words: int = 32, dim: int = DIM) -> float:
     """A rank's products words x frames: B / W queries, B videos, 2 views; forward, again in backward, 2 gradients."""
     return 2 * 4 * 2 * (batch / world) * batch * k * words * dim
 
@@ -143,10 +154,8 @@ def ring_bytes(t: Traffic, world: int) -> float:
     return (world - 1) / world * (t.gathered + 2 * t.summed + 2 * t.parameters)
 
 
-def gradient_bytes(model: nn.Module, *, half: bool = False) -> int:
-    """Of all trained parameters; half: recipe reported, fp16 towers."""
-    if half:
-        optim.to_half(model.clip)
+def gradient_bytes(model: nn.Module) -> int:
+    """Of all trained parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
@@ -163,12 +172,12 @@ def preset(name: str) -> dict:
     return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def traffic_table(model: nn.Module, rate: float) -> str:
+def traffic_table(rate: float) -> str:
     """Weak (64 pairs a GPU) and strong scaling (64 pairs in all) on 8 and 64 GPUs."""
-    pair, size = sum(flops_of_pair(model, 12, 12).values()), gradient_bytes(model)
+    pair, size = sum(flops_of_pair(12, 12).values()), gradient_bytes(build())
     rows = []
     for world, batch in ((8, 64), (8, 512), (64, 64), (64, 4096)):
-        t = traffic(batch, 12, model.heads.config.dim, size)
+        t = traffic(batch, 12, DIM, size)
         sent = ring_bytes(t, world)
         compute = 1000 * pair * batch / world / rate
         network = 1000 * sent / (NVLINK if world <= 8 else INFINIBAND)
@@ -179,8 +188,8 @@ def traffic_table(model: nn.Module, rate: float) -> str:
                   "all-reduce, parameters MB", "a GPU sends MB", "at link speed ms", "computing ms"], rows)
 
 
-def matching_table(model: nn.Module, rate: float) -> str:
-    pair = sum(flops_of_pair(model, 12, 12).values())
+def matching_table(rate: float) -> str:
+    pair = sum(flops_of_pair(12, 12).values())
     rows = []
     for world, batch in ((1, 64), (8, 512), (64, 4096)):
         work = matching_flops(batch, world)
@@ -192,14 +201,14 @@ def matching_table(model: nn.Module, rate: float) -> str:
                   "of its computing time"], rows)
 
 
-def training_table(model: nn.Module, rate: float) -> str:
+def training_table(rate: float) -> str:
     rows = []
     for c in CORPORA:
         p = preset(c.preset)
-        parts = flops_of_pair(model, c.frames, p["max_frames"])
+        parts = flops_of_pair(c.frames, p["max_frames"])
         step = p["batch_size"] * sum(parts.values())
         steps = c.pairs // p["batch_size"] * p["epochs"]
-        sent = ring_bytes(traffic(p["batch_size"], p["max_frames"], 512, gradient_bytes(model)), 8)
+        sent = ring_bytes(traffic(p["batch_size"], p["max_frames"], DIM, gradient_bytes(build())), 8)
         slow = step / rate / 8 + sent / NVLINK
         rows.append([c.name, f"{c.frames:.1f} of {p['max_frames']}", f"{steps:,}", f"{step / 1e12:.1f}",
                      f"{parts['frames'] / sum(parts.values()):.0%}", f"{1000 * step / rate:.0f}",
@@ -227,11 +236,11 @@ def narration_table(rate: float) -> str:
                   "8 GPUs, calls", "x for every frame"], rows)
 
 
-def reading_table(model: nn.Module, rate: float) -> str:
+def reading_table(rate: float) -> str:
     rows = []
     for c in CORPORA:
         p = preset(c.preset)
-        seconds = p["batch_size"] * sum(flops_of_pair(model, c.frames, p["max_frames"]).values()) / rate
+        seconds = p["batch_size"] * sum(flops_of_pair(c.frames, p["max_frames"]).values()) / rate
         demand = p["batch_size"] * c.frames / seconds
         cells = [f"{demand * (1 / fps + TEXT / 1000):.1f}" for fps, _ in READING.values()]
         frames = c.videos * c.seconds
@@ -249,10 +258,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peak", type=positive_float, default=PEAK, help="bf16 TFLOP/s of one GPU, dense")
     parser.add_argument("--share", type=share, default=SHARE, help="of the peak that a step reaches")
     args = parser.parse_args(argv)
-    rate, model = args.peak * args.share * 1e12, build()
+    rate = args.peak * args.share * 1e12
     print(f"one GPU: {args.share:.0%} of {args.peak:g} TFLOP/s\n")
-    tables = [traffic_table(model, rate), matching_table(model, rate), training_table(model, rate),
-              narration_table(rate), reading_table(model, rate)]
+    tables = [traffic_table(rate), matching_table(rate), training_table(rate),
+              narration_table(rate), reading_table(rate)]
     print("\n\n".join(tables))
 
 

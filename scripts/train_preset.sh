@@ -2,7 +2,7 @@
 # What the train_<corpus>.sh share: bash scripts/train_preset.sh PRESET [flags of main_task_retrieval.py]
 #
 # configs/PRESET.yaml -> runs/PRESET, taken up again where it was interrupted. One process a GPU of this machine;
-# NPROC=n for another number. Several machines: README, "One GPU, many, several nodes".
+# NPROC=n for another number. Several machines: scripts/train_nodes.sh.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 preset=${1:?a file of configs/, without .yaml}

@@ -1,4 +1,4 @@
-"""What docs/scaling.md rests on: its tables, the formula of a step's traffic, counted FLOPs, the scripts of many machines."""
+"""What docs/scaling.md rests on: its tables, the traffic of a step, counted FLOPs, the scripts of many machines."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_flops_of_a_frame_and_a_text_are_those_of_the_formula():
     width, tokens, patches, layers = 768, 197, 196, 12
     blocks = layers * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
     frozen = 2 * patches * 3 * 16**2 * width  # the patch product: no gradient
-    frame, text, _ = cost.flops_of_units(cost.build(), 12)
+    frame, text = cost.flops_of_towers()
     assert frame == 3 * blocks + frozen + 3 * 2 * width * 512
     width, tokens = 512, 64
     blocks = layers * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
@@ -63,7 +63,8 @@ def test_lengths_are_those_of_the_annotations(name):
         folder = {"MSVD": "msvd/annotations", "VATEX": "vatex"}[name]
         seconds = seconds_of_ids(*(f"{folder}/{part}_list.txt" for part in ("train", "val", "test")))
         assert len(seconds) == corpus.videos
-    picked = [min(cost.preset(corpus.preset)["max_frames"], s) for s in seconds]
+    most = cost.preset(corpus.preset)["max_frames"]
+    picked = [min(most, s) for s in seconds]
     assert sum(seconds) / len(seconds) == pytest.approx(corpus.seconds, abs=0.05)
     assert sum(picked) / len(picked) == pytest.approx(corpus.frames, abs=0.05)
 
@@ -71,17 +72,18 @@ def test_lengths_are_those_of_the_annotations(name):
 # ---- the benchmarks ----
 
 
+@pytest.mark.slow
 def test_bytes_of_a_step_are_those_of_the_formula(tmp_path, capsys):
     (tmp_path / "clip.json").write_text(json.dumps(tiny.CLIP))
     bench_scaling.main(["--processes", "1", "2", "--clip_model", str(tmp_path / "clip.json"), "--videos", "3",
                         "--frames", "2", "--steps", "1", "--rounds", "1"])
     out = capsys.readouterr().out
     alone, two = out.splitlines()[-2:]
-    counted = [int(word.replace(",", "")) for word in two.replace("(", "").replace(")", "").split()
-               if word[0].isdigit() and "," in word]
-    assert "0 (0)" in alone and len(counted) == 6 and counted[::2] == counted[1::2]
+    pairs = [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in re.findall(r"([\d,]+) \(([\d,]+)\)", two)]
+    counted = [a for a, _ in pairs]
+    assert alone.count(" 0 (0)") == 3 and counted == [b for _, b in pairs]
     features, rows = 2 * 6 * 2 * 64 * 4, 2 * 6 * 6 * 4
-    assert counted[0] == features + 2 * 6 * 2 + rows + 6 * 8 and counted[2] == features + rows
+    assert counted[:2] == [features + 2 * 6 * 2 + rows + 6 * 8, features + rows] and counted[2] > 1e6
 
 
 def test_the_loader_keeps_its_workers_and_pins_pages_for_a_gpu():
@@ -136,7 +138,7 @@ def test_slurm_starts_it_on_every_machine(fakes, tmp_path):
     done = bash(copy, "msvd", "--seed", "1", cwd=tmp_path, **fakes, **job)
     assert (done.returncode, done.stderr) == (0, "hosts of node[3-4]\n")
     started, command = done.stdout.splitlines(keepends=True)
-    assert started.startswith("srun --cpus-per-task=96 --cpu-bind=none --kill-on-bad-exit=1 bash scripts/train_nodes.sh")
+    assert started.startswith("srun --cpus-per-task=96 --cpu-bind=none --kill-on-bad-exit=1 bash scripts/train_nodes")
     host = "--rdzv_conf is_host=false "  # the fake srun speaks of machine 1
     assert command == EXPECTED.format(head="node3:24567", id="1234567", host=host)
     elsewhere = bash(copy, "msvd", cwd=tmp_path, **fakes, **job | {"SLURM_SUBMIT_DIR": str(tmp_path)})

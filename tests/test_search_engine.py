@@ -5,8 +5,10 @@ The index is written by hand, from a tiny corpus: a file a test video, a window 
 """
 
 import io
+import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import tiny
@@ -15,12 +17,14 @@ from PIL import Image
 
 import main_task_retrieval as trainer
 from narvid import InputError, evaluation, fusion
+from narvid.baselines import clip4clip
 from narvid.distributed import World
 from narvid.frames import frame_paths, read_frames
 from narvid.search import engine as engines
 from narvid.search import stage_one
 from narvid.search.embedding import Embedder
 from narvid.search.engine import Engine, compute_statistics
+from narvid.search.reading import read_video
 from narvid.search.stage_one import StageOne
 from narvid.search.store import Store
 
@@ -53,6 +57,12 @@ def measured(corpus, checkpoint):
 @pytest.fixture(scope="module")
 def embedder(checkpoint):
     return Embedder.load(checkpoint.parent, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    """The same model without a narration."""
+    return Embedder.load(checkpoint, narration=False, device="cpu")
 
 
 def pictures(split, size=tiny.SIDE):
@@ -125,10 +135,9 @@ def test_what_is_packed_comes_back(measured, embedder):
     assert type(again) is type(videos) and all(torch.equal(a, b) for a, b in zip(again, videos))
 
 
-def test_without_a_narration_nothing_is_heard(measured, checkpoint, embedder):
+def test_without_a_narration_nothing_is_heard(measured, alone, embedder):
     """Frames alone: no sentence, however given, moves a bit; the frames equal those of a video nothing is told of."""
     split, *_ = measured
-    alone = Embedder.load(checkpoint, narration=False, device="cpu")
     frames = pictures(split)[:4]
     videos = alone.videos(frames, [["red and green"] * len(x) for x in frames])
     untold = embedder.videos(frames)
@@ -145,7 +154,8 @@ def test_without_a_narration_nothing_is_heard(measured, checkpoint, embedder):
 def test_stage_one_vectors_are_frames_and_sentences_of_length_one(measured, embedder):
     split, *_ = measured
     videos = embedder.videos(pictures(split)[:5], split.sentences[:4] + [[None] * len(split.picks[4])])
-    vectors, told = embedder.vectors_of(embedder.pool_videos(videos))
+    pooled = embedder.pool_videos(videos)
+    vectors, told = embedder.vectors_of(pooled, "text")
     dim = vectors.shape[2] // 2
     assert told.tolist() == [True] * 4 + [False]
     assert np.array_equal(vectors.any(axis=2), videos.mask.numpy())
@@ -153,6 +163,10 @@ def test_stage_one_vectors_are_frames_and_sentences_of_length_one(measured, embe
     assert lengths[..., 0][videos.mask] == pytest.approx(1, abs=1e-5)
     assert lengths[:4, :, 1][videos.mask[:4]] == pytest.approx(1, abs=1e-5)  # a frame's own, or the narration's mean
     assert not vectors[4, :, dim:].any()
+    means, _ = embedder.vectors_of(pooled, "like")  # with these the coarse score of `like` is exact
+    assert means.shape == (5, 1, 2 * dim)
+    coarse = clip4clip.mean_pool(videos.look, videos.mask)
+    torch.testing.assert_close(torch.from_numpy(means[:, 0, :dim]), coarse, **CLOSE)
     queries = embedder.queries(QUERIES)
     statistics = ((0.1, 0.2), (0.3, 0.05))
     got = embedder.pool_queries(queries, statistics) @ vectors[0, 0]
@@ -187,18 +201,17 @@ def test_clip4clip_is_searched_but_for_its_tight_head(flags, told, corpus, measu
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Plain CLIP of a weights file."""
-    import json
-
     folder = tmp_path_factory.mktemp("clip")
     (folder / "clip.json").write_text(json.dumps(tiny.CLIP | {"quick_gelu": True}))
     towers, _ = trainer.clip.load_clip(str(folder / "clip.json"))
     torch.save(towers.state_dict(), folder / "weights.pt")
-    return dict(clip_model=str(folder / "clip.json"), clip_pretrained=str(folder / "weights.pt"), device="cpu")
+    return Embedder.load(None, clip_model=str(folder / "clip.json"), clip_pretrained=str(folder / "weights.pt"),
+                         device="cpu")
 
 
 def test_plain_clip_is_searched_by_its_pooled_features(plain, measured, tmp_path):
     split, *_ = measured
-    embedder = Embedder.load(None, **plain)
+    embedder = plain
     assert embedder.settings["method"] == "zeroshot" and embedder.settings["checkpoint"] is None
     store = new_store(tmp_path / "i", embedder)
     for video, frames, sentences in zip(split.videos, pictures(split), split.sentences):
@@ -211,18 +224,15 @@ def test_plain_clip_is_searched_by_its_pooled_features(plain, measured, tmp_path
     for b, answers in enumerate(Engine(store, embedder).search(QUERIES, top=20)):
         assert len(answers) == len(split.videos)
         assert_ranked(answers, expected[b], split.videos)
-    assert Embedder.load(None, **plain, narration=False).views == ("video",)
 
 
-def test_the_wrong_model_is_refused(index, checkpoint, plain, tmp_path):
+def test_the_wrong_model_is_refused(index, alone, plain, embedder):
     with pytest.raises(InputError, match=r"made with another model \(method narvid there, zeroshot here, weights .*"
                                          r"give --checkpoint .*best.pt"):
-        Engine(index, Embedder.load(None, **plain))
+        Engine(index, plain)
     with pytest.raises(InputError, match="narration True there, False here"):
-        Engine(index, Embedder.load(checkpoint, narration=False, device="cpu"))
-    moved = tmp_path / "elsewhere.pt"
-    moved.write_bytes(checkpoint.read_bytes())
-    Engine(index, Embedder.load(moved, device="cpu"))  # the same model, wherever it lies
+        Engine(index, alone)
+    embedder.check(embedder.settings | {"checkpoint": "/moved/best.pt"}, "index")  # the same, wherever it lies
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -265,7 +275,7 @@ def test_few_candidates_are_scored_exactly(index, embedder):
     score_of = [{answer.window: answer.score for answer in answers} for answers in every]
     few = Engine(index, embedder, candidates=4)
     found = few.search(QUERIES, top=11)
-    stage = few._windows.stage
+    stage = few._windows["text"].stage
     near = stage.nearest(embedder.pool_queries(embedder.queries(QUERIES), index.statistics["text"]), 4)
     for b, answers in enumerate(found):
         assert {answer.window for answer in answers} == set(near[b].tolist()) and len(answers) == 4
@@ -329,9 +339,8 @@ def test_windows_without_a_sentence_are_scored_by_their_frames(measured, embedde
                 assert all(seen.sentence is None and seen.sentence_weight == 0 for seen in answer.frames)
 
 
-def test_an_index_of_frames_alone(measured, checkpoint, tmp_path):
+def test_an_index_of_frames_alone(measured, alone, tmp_path):
     split, *_ = measured
-    alone = Embedder.load(checkpoint, narration=False, device="cpu")
     store = new_store(tmp_path / "i", alone)
     for video, frames in zip(split.videos, pictures(split)):
         put(store, alone, f"{video}.mp4", frames, None)
@@ -354,7 +363,7 @@ def test_like_a_window_leaves_itself_out_and_finds_its_twin_first(measured, embe
     split, *_ = measured
     store = new_store(tmp_path / "i", embedder)
     for copy in ("one", "two"):
-        for video, frames, sentences in zip(split.videos, pictures(split), split.sentences):
+        for video, frames, sentences in [*zip(split.videos, pictures(split), split.sentences)][:6]:
             put(store, embedder, f"{copy}/{video}.mp4", frames, sentences)
     store.statistics = compute_statistics(store, embedder, None)
     for candidates in (100, 5):
@@ -368,24 +377,46 @@ def test_like_a_window_leaves_itself_out_and_finds_its_twin_first(measured, embe
         engine.like_window(99)
 
 
-def test_like_a_picture(measured, index, embedder):
-    """A frame of a video finds it by its frames alone; what is no picture is refused."""
+def test_like_a_picture(measured, index, embedder, monkeypatch):
+    """A video's only frame finds it, though nothing is told of a picture; what is no picture is refused."""
     split, *_ = measured
     engine = Engine(index, embedder)
     lone = [v for v, picks in enumerate(split.picks) if len(picks) == 1]
     for v in lone:
         data = Path(frame_paths(split.frames_dir, split.videos[v], [0])[0]).read_bytes()
         answers = engine.like_picture(data, top=11)
-        features = embedder.videos([pictures(split)[v]])
-        scores = embedder.score(embedder.like(features), embedder.unpack(index.features(index.all_windows())))["video"]
-        assert answers[0].window == index.all_windows()[scores[0].argmax()]
+        assert name(answers[0]) == split.videos[v] and answers[0].s_video == pytest.approx(1, abs=1e-5)
         assert all(answer.s_narration is None for answer in answers) and len(answers) == 11
     assert lone
     huge = io.BytesIO()
-    Image.new("1", (20000, 20000)).save(huge, "PNG")
+    Image.new("1", (50, 50)).save(huge, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice that is refused
     for data in (b"", b"no picture", huge.getvalue()):
         with pytest.raises(InputError, match="the picture cannot be read"):
             engine.like_picture(data)
+
+
+def test_like_a_clip(measured, embedder, tmp_path):
+    """A video file finds the window that its first seconds are; what is no video is refused."""
+    split, *_ = measured
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width = stream.height = tiny.SIDE
+        for frame in torch.cat(pictures(split))[:6]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy().copy(), "rgb24")))
+        container.mux(stream.encode())
+    store = new_store(tmp_path / "i", embedder)
+    jpegs = read_video(tmp_path / "clip.mp4", fps=1.0, short_side=tiny.SIDE).jpegs
+    frames = read_frames([io.BytesIO(jpeg) for jpeg in jpegs], tiny.SIDE)
+    assert len(frames) == 6  # two windows of 4 s
+    put(store, embedder, "later.mp4", frames[2:], ["a picture of red"] * 4)
+    put(store, embedder, "first.mp4", frames[:4], ["a picture of red"] * 4)
+    put(store, embedder, "other.mp4", pictures(split)[-1], split.sentences[-1])
+    answers = Engine(store, embedder).like_clip(tmp_path / "clip.mp4")
+    assert [answers[0].path, len(answers)] == ["first.mp4", 3] and answers[0].s_video == pytest.approx(1, abs=1e-5)
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match="no.mp4"):
+        Engine(store, embedder).like_clip(tmp_path / "no.mp4")
 
 
 # ------------------------------------------------------------------------------------- stage one, a changing store
@@ -439,9 +470,9 @@ def test_a_changed_store_is_noticed(measured, embedder, tmp_path, monkeypatch):
     for copy in range(4):  # more than that: made again
         put(store, embedder, f"copy{copy}.mp4", frames[9], split.sentences[9])
     assert len(engine.search(QUERIES[:1], top=20)[0]) == 3 and len(made) == 2
-    (tmp_path / "i" / "stage_one.faiss").write_bytes(b"torn")
+    (tmp_path / "i" / "stage_one_text.faiss").write_bytes(b"torn")
     assert len(Engine(store, embedder, candidates=3).search(QUERIES[:1], top=20)[0]) == 3 and len(made) == 3
-    assert not [path for path in (tmp_path / "i").iterdir() if path.name.startswith(f".{1}")]
+    assert not list((tmp_path / "i").glob(".*stage_one*"))
 
 
 def test_an_empty_index_and_one_whose_first_run_goes_on(measured, embedder, tmp_path):

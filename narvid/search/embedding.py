@@ -10,7 +10,6 @@ dimension, S stage-one vectors of a video, W their width (D a view), P = S W. Ma
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +23,22 @@ from ..baselines import clip4clip, zeroshot
 from ..baselines.clip4clip import mean_pool
 from ..datasets import Item, Split, collate, tokenize
 from ..evaluation import Encoding
-from ..model import Queries, Videos
+from ..model import Queries, Videos, place_frames
 from ..run_dir import load_checkpoint
 from ..similarity import filter_weights, match
 
-FEATURES = {"narvid": Videos, "zeroshot": zeroshot.Videos, "clip4clip": clip4clip.Videos}  # what can be searched with
+
+class NarVidVideos(NamedTuple):
+    """model.Videos, and the frames as CLIP saw them: enhanced ones have heard the narration, which a picture lacks."""
+
+    frames: Tensor  # (V, K, D)
+    narration: Tensor | None  # (V, K, D)
+    mask: Tensor  # (V, K)
+    narration_mask: Tensor | None  # (V, K)
+    look: Tensor  # (V, K, D)
+
+
+FEATURES = {"narvid": NarVidVideos, "zeroshot": zeroshot.Videos, "clip4clip": clip4clip.Videos}  # the methods, too
 BLOCK = 128  # side of the tiles of pairs that are scored at once, as in evaluation; bounds memory
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is heard
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
@@ -87,18 +97,17 @@ class Embedder:
         world = distributed.start()
         world = world._replace(device=torch.device(device)) if device else world
         encoding = trainer.encoding_of(model, args, clip_config, world)
-        matching = trainer.matching(args) if args.method == "narvid" else None
-        settings = {"method": args.method, "checkpoint": None if path is None else str(path.resolve()),
-                    "weights": weights_digest(model), "clip_model": args.clip_model, "image_size": encoding.image_size,
-                    "dim": clip_config.embed_dim,
-                    "max_frames": args.max_frames, "max_words": args.max_words, "recipe": args.recipe,
-                    "precision": args.precision, "narration": hears and narration is not False,
-                    "fusion_weight": args.fusion_weight, "matching": matching}
+        settings = {name: getattr(args, name) for name in (
+            "method", "clip_model", "max_frames", "max_words", "recipe", "precision", "fusion_weight")}
+        settings |= {"checkpoint": None if path is None else str(path.resolve()), "weights": weights_digest(model),
+                     "clip_pretrained": clip_pretrained, "image_size": encoding.image_size,
+                     "dim": clip_config.embed_dim, "narration": hears and narration is not False,
+                     "matching": trainer.matching(args) if args.method == "narvid" else None}
         return cls(model.to(world.device), encoding, settings, device=world.device, hears=hears)
 
     def check(self, settings: dict, index: str | Path) -> None:
         """InputError unless this is the model that made an index with these settings (where its files lie is free)."""
-        names = [k for k in self.settings if k not in ("checkpoint", "clip_model")
+        names = [k for k in self.settings if k not in ("checkpoint", "clip_model", "clip_pretrained")
                  and self.settings[k] != settings.get(k)]
         if names:
             told = ", ".join(f"{k} {_short(settings.get(k))} there, {_short(self.settings[k])} here" for k in names[:3])
@@ -121,39 +130,45 @@ class Embedder:
         """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each -> features of V videos.
 
         sentences None, or a None among them: there is no such sentence. They are padded and masked as in evaluation.
+        Not to be called from two threads at once.
         """
         told = sentences if self.narration and sentences is not None else [[None] * len(x) for x in frames]
         split = Split([], np.zeros(0, int), [], Path(), [], told if self._hears else None, [], 0)
         items = [Item(v, v, x, list(range(len(x)))) for v, x in enumerate(frames)]
-        parts = []
-        for start in range(0, len(items), self.encoding.batch_size):
-            batch = collate(items[start:start + self.encoding.batch_size], split=split, with_queries=False,
-                            max_words=self.encoding.max_words, max_frames=self.max_frames)
-            if self._hears and not len(batch.sentences):  # the tower wants a text to read; the mask hides it
-                batch = batch._replace(sentences=tokenize([""], self.encoding.max_words)[0])
-            batch = batch.to(self.device)
-            with self.encoding.autocast():
-                parts.append(self.model.encode_videos(batch.frames, batch.mask, batch.sentences,
-                                                      batch.sentence_of_frame, batch.narration_mask))
+        parts, seen = [], []
+        with self.model.clip.visual.register_forward_hook(lambda _, __, features: seen.append(features)):
+            for start in range(0, len(items), self.encoding.batch_size):
+                batch = collate(items[start:start + self.encoding.batch_size], split=split, with_queries=False,
+                                max_words=self.encoding.max_words, max_frames=self.max_frames)
+                if self._hears and not len(batch.sentences):  # the tower wants a text to read; the mask hides it
+                    batch = batch._replace(sentences=tokenize([""], self.encoding.max_words)[0])
+                _, _, _, _, *inputs = batch.to(self.device)
+                with self.encoding.autocast():
+                    parts.append(self.model.encode_videos(*inputs))
         videos = _joined(parts)
-        masked = isinstance(videos, Videos) and not self.narration  # ZeroShot has a flag for it
-        return videos._replace(narration=None, narration_mask=None) if masked else videos
+        if not isinstance(videos, Videos):
+            return videos
+        look = place_frames(torch.cat(seen), videos.mask)
+        if not self.narration:  # ZeroShot has a flag for it
+            videos = videos._replace(narration=None, narration_mask=None)
+        return NarVidVideos(*videos, look)
 
     def like(self, videos: NamedTuple) -> dict[str, NamedTuple]:
         """{view: queries that look for videos like these}: the frames ask the frames, the sentences the sentences.
 
-        Scored as a text, at both grains: the eos is the mean of the normalised real frames (sentences), these are the
-        words, all of one weight. But nothing is filtered: with uniform weights on either side a video's twin has the
-        highest score there is. Methods other than NarVid compare their pooled features.
+        NarVid: the frames are CLIP's own on both sides, since a query may have no narration to hear. Scored as a text,
+        at both grains: the eos is the mean of the normalised real frames (sentences), these are the words, all of one
+        weight. But nothing is filtered: with uniform weights on either side a video's twin has the highest score there
+        is. Other methods compare their pooled features.
         """
-        pooled = self._pooled(videos)
-        if not isinstance(videos, Videos):
-            return {view: clip4clip.Queries(eos) for view, eos in pooled.items()}
+        means = self._means(videos)
+        if not isinstance(videos, NarVidVideos):
+            return {view: clip4clip.Queries(eos) for view, eos in means.items()}
         queries = {}
-        for view, (features, mask) in self._views_of(videos).items():
+        for view, (features, mask) in self._views_of(videos, alike=True).items():
             weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
             some = mask.any(dim=1, keepdim=True)  # without a sentence one word of no weight stands in
-            queries[view] = Queries(pooled[view], features, torch.where(some, mask, _first(mask)),
+            queries[view] = Queries(means[view], features, torch.where(some, mask, _first(mask)),
                                     weights.to(features.dtype))
         return queries
 
@@ -161,61 +176,66 @@ class Embedder:
         """(V,) whether a video has a sentence that is heard; without one only its frames can be scored."""
         if not self.narration:
             return np.zeros(len(videos[0]), dtype=bool)
-        has = videos.narration_mask if isinstance(videos, Videos) else videos.narration != 0
+        has = videos.narration_mask if isinstance(videos, NarVidVideos) else videos.narration != 0
         return has.any(dim=1).cpu().numpy()
 
     # -------------------------------------------------------------------------------------------------------- scoring
 
     @torch.no_grad()
     def score(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, Tensor]:
-        """Evaluation's score of all pairs, {view: (B, V)} in fp32 on the CPU; that of `like` without the filter."""
+        """Evaluation's score of all pairs, {view: (B, V)} in fp32 on the CPU; for queries of `like` theirs."""
         if not isinstance(queries, dict):
             scores = self.encoding.score(queries, videos, block=BLOCK)
+        elif not isinstance(videos, NarVidVideos):
+            scores = {view: self.encoding.score(of_view, videos)[view] for view, of_view in queries.items()}
         else:
-            score = partial(match, **self._matching_of(queries)) if self._matching else self.encoding.score
-            scores = {view: score(of_view, videos, block=BLOCK)[view] for view, of_view in queries.items()}
+            scores = {view: match(queries[view], Videos(features, None, mask, None), block=BLOCK,
+                                  **self._matching | {"method": "uniform"})["video"]
+                      for view, (features, mask) in self._views_of(videos, alike=True).items()}
         return {view: s.float().cpu() for view, s in scores.items()}
 
     @torch.no_grad()
     def filter_weights(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, np.ndarray] | None:
-        """What each query looks at, {view: (B, V, K)}, 0 where the filter drops; None for a method without a filter."""
-        if self._matching is None:
+        """What each text looks at, {view: (B, V, K)}, 0 where the filter drops; None where nothing is filtered."""
+        if self._matching is None or isinstance(queries, dict):
             return None
-        options = {name: value for name, value in self._matching_of(queries).items() if name != "fine"}
+        options = {name: value for name, value in self._matching.items() if name != "fine"}
         weights = {}
         for view, (features, mask) in self._views_of(videos).items():
-            eos = F.normalize(_of_view(queries, view).eos.double(), dim=-1)
+            eos = F.normalize(queries.eos.double(), dim=-1)
             cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
             weights[view] = filter_weights(cosine, mask, **options).cpu().numpy()
         return weights
 
-    def _matching_of(self, queries: AnyQueries) -> dict:
-        """Arguments of similarity.match for texts, or for videos that look for others."""
-        return self._matching | {"method": "uniform"} if isinstance(queries, dict) else self._matching
-
     # ------------------------------------------------------------------------------------------------------ stage one
 
     def pool_videos(self, videos: NamedTuple) -> np.ndarray:
-        """(V, P) float32: one or more stage-one vectors a video, side by side; `vectors_of` takes them apart.
+        """(V, P) float32: all stage-one vectors of a video, side by side; `vectors_of` takes them apart.
 
-        NarVid: a vector a frame, the normalised frame and the normalised sentence beside it (where there is none, the
-        mean of the narration); all 0 in padding. The filter and the fine score look at single frames, and a mean over
-        them finds far fewer of the exact best (docs/scaling.md). Other methods: their pooled features, one vector.
-        A video without a sentence has 0 in the narration's part.
+        NarVid: for texts a vector a frame, the normalised frame and the normalised sentence beside it (where there is
+        none, the mean of the narration), all 0 in padding; for `like` the means of both views. The filter and the fine
+        score look at single frames, so that a mean over them finds far fewer of the exact best (docs/scaling.md).
+        Other methods: their pooled features, for both. A video without a sentence has 0 in the narration's part.
         """
-        parts = [*self._pooled(videos).values()]
-        if isinstance(videos, Videos):
-            views = self._views_of(videos).values()
-            parts = [torch.where(mask[..., None], F.normalize(x, dim=-1), mean[:, None])  # (V, K, D)
-                     for (x, mask), mean in zip(views, parts)]
-            parts = [x * videos.mask[..., None] for x in parts]
-        return torch.cat(parts, dim=-1).flatten(1).float().cpu().numpy()
+        vectors = [torch.cat([*self._means(videos).values()], dim=-1)]  # (V, W)
+        if isinstance(videos, NarVidVideos):
+            parts = []
+            for x, mask in self._views_of(videos).values():
+                unit = F.normalize(x, dim=-1)
+                parts.append(torch.where(mask[..., None], unit, mean_pool(x, mask)[:, None]))  # (V, K, D)
+            vectors.insert(0, (torch.cat(parts, dim=-1) * videos.mask[..., None]).flatten(1))
+        return torch.cat(vectors, dim=1).float().cpu().numpy()
 
-    def vectors_of(self, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `pool_videos` made, (V, P) -> stage-one vectors (V, S, W), and (V,) whether a video has a sentence."""
-        vectors = pooled.reshape(len(pooled), -1, len(self.views), self.settings["dim"])
-        told = vectors[:, :, -1].any(axis=(1, 2)) if self.narration else np.zeros(len(pooled), dtype=bool)
-        return vectors.reshape(*vectors.shape[:2], -1), told
+    def vectors_of(self, pooled: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """What `pool_videos` made, (V, P) -> vectors for queries of a kind, "text" or "like", (V, S, W), and (V,)
+        whether a video has a sentence.
+        """
+        width = len(self.views) * self.settings["dim"]
+        vectors = pooled.reshape(len(pooled), -1, width)
+        told = vectors[:, -1, self.settings["dim"]:].any(axis=1)
+        if vectors.shape[1] > 1:
+            vectors = vectors[:, -1:] if kind == "like" else vectors[:, :-1]
+        return vectors, told
 
     def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics) -> np.ndarray:
         """(B, W) float32, whose product with a stage-one vector is Eq. 11 of its cosines, up to a constant.
@@ -231,15 +251,16 @@ class Embedder:
             parts.append(scale * F.normalize(_of_view(queries, view).eos.float(), dim=-1))
         return torch.cat(parts, dim=1).cpu().numpy()
 
-    def _pooled(self, videos: NamedTuple) -> dict[str, Tensor]:
-        """{view: (V, D)} of length 1."""
-        if not isinstance(videos, Videos):
+    def _means(self, videos: NamedTuple) -> dict[str, Tensor]:
+        """{view: (V, D)} of length 1: what `like` compares."""
+        if not isinstance(videos, NarVidVideos):
             return {view: getattr(videos, view) for view in self.views}
-        return {view: mean_pool(*features) for view, features in self._views_of(videos).items()}
+        return {view: mean_pool(*features) for view, features in self._views_of(videos, alike=True).items()}
 
-    def _views_of(self, videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
-        """{view: features (V, K, D), mask (V, K)}."""
-        both = {"video": (videos.frames, videos.mask), "narration": (videos.narration, videos.narration_mask)}
+    def _views_of(self, videos: NarVidVideos, *, alike: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """{view: features (V, K, D), mask (V, K)}; alike: those that `like` compares."""
+        both = {"video": (videos.look if alike else videos.frames, videos.mask),
+                "narration": (videos.narration, videos.narration_mask)}
         return {view: both[view] for view in self.views}
 
     # -------------------------------------------------------------------------------------------------------- storing

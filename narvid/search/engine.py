@@ -72,7 +72,7 @@ class _Scores(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """The windows of the store at one moment."""
+    """The windows of the store at one moment, for queries of one kind."""
 
     change: int
     ids: np.ndarray  # rising
@@ -87,7 +87,7 @@ class Engine:
     def __init__(self, store: Store, embedder: Embedder, *, candidates: int = CANDIDATES):
         embedder.check(store.settings, store.path)
         self.store, self.embedder, self.candidates = store, embedder, candidates
-        self._lock, self._windows, self._measured = threading.Lock(), None, None
+        self._lock, self._windows, self._measured = threading.Lock(), {}, None
 
     def search(self, queries: list[str], **same) -> list[list[Answer]]:
         """The best windows for each query.
@@ -127,25 +127,25 @@ class Engine:
         frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.image_size)
         return self._like(self.embedder.videos([frames]), **same)
 
-    def refresh(self) -> None:
-        """Take notice of a changed store; every search does.
+    def refresh(self, kind: str = "text") -> None:
+        """Take notice of a changed store, for queries of a kind, "text" or "like"; every search does.
 
         Stage one is made again only when it lacks more windows than a query has candidates: fewer are candidates of
         every query.
         """
         with self._lock:
-            change = self.store.change
-            if self._windows is not None and self._windows.change == change:
+            change, before = self.store.change, self._windows.get(kind)
+            if before is not None and before.change == change:
                 return
             ids, stage = self.store.all_windows(), None
             if len(ids) > self.candidates:
-                stage = (self._windows and self._windows.stage) or StageOne.load(self.store.path)
+                stage = (before and before.stage) or StageOne.load(self.store.path, kind)
                 if stage is None or len(np.setdiff1d(ids, stage.ids)) > self.candidates:
-                    stage = make_stage_one(self.store, self.embedder, ids)
-                    stage.save(self.store.path)
+                    stage = make_stage_one(self.store, self.embedder, ids, kind)
+                    stage.save(self.store.path, kind)
             known = stage and np.isin(stage.ids, ids)
-            self._windows = _Windows(change, ids, stage, None if stage is None or known.all() else known,
-                                     np.setdiff1d(ids, stage.ids) if stage else ids)
+            self._windows[kind] = _Windows(change, ids, stage, None if stage is None or known.all() else known,
+                                           np.setdiff1d(ids, stage.ids) if stage else ids)
 
     # ----------------------------------------------------------------------------------------------------- inside
 
@@ -155,16 +155,16 @@ class Engine:
     def _find(self, queries: AnyQueries, told: np.ndarray, kind: str, **same) -> list[list[Answer]]:
         """told (B,): whether the narration hears a query; kind: of the statistics; keywords as in `_found`."""
         try:
-            self.refresh()
+            self.refresh(kind)
             return self._found(queries, told, kind, **same)
         except KeyError:  # a file was indexed again between stage one and stage two: once more
-            self.refresh()
+            self.refresh(kind)
             return self._found(queries, told, kind, **same)
 
     def _found(self, queries: AnyQueries, told: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
                min_seconds: float = 0.0, max_seconds: float = inf, exact: bool = False,
                itself: Window | None = None) -> list[list[Answer]]:
-        now = self._windows
+        now = self._windows[kind]
         allowed, inside, new = now.ids, now.inside, now.new
         if (folder, min_seconds, max_seconds) != ("", 0.0, inf):
             allowed = self.store.all_windows(folder, min_seconds, max_seconds)
@@ -276,13 +276,13 @@ def reasons(s_video: float, s_narration: float | None, frames: list[Seen], stati
 # ------------------------------------------------------------------------------------------------------- stage one
 
 
-def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray) -> StageOne:
+def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray, kind: str) -> StageOne:
     """Stage one's index of all windows, their vectors read block by block; trained on a seeded sample of them."""
     some = np.random.default_rng(0).permutation(ids)[:TRAINING // embedder.max_frames]
-    sample = embedder.pool_videos(embedder.unpack(store.features(np.sort(some))))
-    vectors, _ = embedder.vectors_of(sample)
-    blocks = ((block, *embedder.vectors_of(pooled)) for block, pooled in store.pooled(BLOCK))
+    pooled = embedder.pool_videos(embedder.unpack(store.features(np.sort(some))))
+    vectors, _ = embedder.vectors_of(pooled, kind)
     sample = vectors[vectors.any(axis=2)]
+    blocks = ((block, *embedder.vectors_of(pooled, kind)) for block, pooled in store.pooled(BLOCK))
     return StageOne.make(blocks, sample, round(len(sample) / len(some) * len(ids)))
 
 

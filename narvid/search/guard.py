@@ -107,7 +107,7 @@ def _host_of(origin: str) -> str | None:
 
 
 def policy_of(page: str) -> str:
-    """The Content-Security-Policy of a page: its own inline script and style by their hashes, nothing from elsewhere."""
+    """The Content-Security-Policy of a page: its own inline script and style by their hashes, nothing else."""
     hashes = {}
     for tag in ("script", "style"):
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -10,14 +10,15 @@
 
 A mistake is answered by {"error": sentence} and the status code that fits. No path ever comes from a request: files
 are named by their ids in the index, and one that has left the videos folder, or changed since, is not served.
-Not here: who may ask (guard.py), how answers are found (engine.py), what is stored (store.py), flags (__main__.py).
+Not here: who may ask (guard.py), what browsers can play (clips.py), how answers are found (engine.py), what is stored
+(store.py), flags (__main__.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -28,16 +29,14 @@ import time
 import webbrowser
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
-import av
-
 from narvid import InputError
+from narvid.search import clips
 from narvid.search.build import ALONE
 from narvid.search.engine import Answer, Engine
 from narvid.search.store import File, Store
-from narvid.videos import compress_video
 
 try:
     import uvicorn
@@ -57,11 +56,6 @@ MAX_QUERY = 2000  # characters; CLIP reads 77 tokens
 MAX_TOP = 100
 MAX_PICTURE = 20_000_000  # bytes
 MAX_LISTED = 1000  # folders and unreadable files that the page gets to know of
-MADE_CLIP = {"fps": 15.0, "short_side": 360, "crf": 23, "max_seconds": 7200.0}  # of what browsers cannot play
-PLAYABLE = {  # container as FFmpeg names it -> (ending or none, codecs, media type); 4:2:0 of 8 bits alone
-    "mov,mp4,m4a,3gp,3g2,mj2": (None, ("h264", "vp9", "av1"), "video/mp4"),
-    "matroska,webm": (".webm", ("vp8", "vp9", "av1"), "video/webm"),
-}
 FILTERS = ("top", "folder", "min_seconds", "max_seconds")
 
 
@@ -137,11 +131,11 @@ class Site:
         self.reading, self.searching = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
         self.making = asyncio.Lock()
 
-    async def _read(self, function: Callable, *args):
-        return await asyncio.get_running_loop().run_in_executor(self.reading, function, *args)
-
     async def show_page(self, request: Request) -> Response:
         return Response(self.page, media_type="text/html")
+
+    async def _read(self, function: Callable, *args):
+        return await asyncio.get_running_loop().run_in_executor(self.reading, function, *args)
 
     async def about(self, request: Request) -> Response:
         return Json(await self._read(about, self.store))
@@ -190,11 +184,16 @@ class Site:
             raise HTTPException(404, f"the index has no frame {number} of file {file}") from None
 
     async def clip(self, request: Request) -> Response:
+        if "," in request.headers.get("range", ""):  # no browser asks so, and it can be made to cost much
+            raise HTTPException(416, "ask for one range at a time")
         file, path, found = await self._read(self._indexed_file, _id(request, "file"))
-        media_type = await self._read(playable_as, path, found.st_size, found.st_mtime_ns)
+        media_type = await self._read(clips.playable_as, path, found.st_size, found.st_mtime_ns)
         if media_type is None:
             async with self.making:
-                path = await _in_daemon(self._made_clip, file, path)
+                try:
+                    path = await _in_daemon(clips.made, self.clips, file, path)
+                except InputError as error:
+                    raise HTTPException(415, str(error)) from error
             media_type, found = "video/mp4", path.stat()
         return FileResponse(path, media_type=media_type, stat_result=found)
 
@@ -204,6 +203,8 @@ class Site:
             file = self.store.file(number)
         except KeyError:
             raise HTTPException(404, f"the index has no file {number} (any more)") from None
+        if file.why:
+            raise HTTPException(404, f"{file.path} is not indexed: it could not be read")
         root = Path(self.store.settings["videos"]).resolve()
         try:
             path = (root / file.path).resolve(strict=True)
@@ -216,32 +217,9 @@ class Site:
             raise HTTPException(409, f"{file.path} has changed since it was indexed; run the index command again")
         return file, path, found
 
-    def _made_clip(self, file: File, path: Path) -> Path:
-        """The mp4 made of a video that browsers cannot play, in INDEX/clips; made on first demand."""
-        clip = self.clips / clip_name(file)
-        if clip.exists():
-            return clip
-        temporary = clip.with_suffix(".tmp")
-        try:
-            self.clips.mkdir(exist_ok=True)
-            compress_video(path, temporary, **MADE_CLIP)
-            os.replace(temporary, clip)
-        except InputError as error:
-            raise HTTPException(415, str(error)) from error
-        except OSError as error:
-            raise HTTPException(500, f"no mp4 could be made of {file.path} ({error.strerror})") from error
-        return clip
-
-    def sweep(self) -> None:
-        """Drop half made clips, and those of files that are no longer in the index."""
-        wanted = {clip_name(file) for file in self.store.files()}
-        for path in self.clips.glob("*"):
-            if path.name not in wanted:
-                path.unlink()
-
 
 async def _in_daemon(function: Callable, *args):
-    """The result of function(*args), in a thread that Ctrl-C does not wait for; the next start sweeps up behind it."""
+    """The result of function(*args), in a thread that Ctrl-C does not wait for; the next start clears up behind it."""
     future = Future()
 
     def run() -> None:
@@ -253,24 +231,6 @@ async def _in_daemon(function: Callable, *args):
 
     threading.Thread(target=run, daemon=True).start()
     return await asyncio.wrap_future(future)
-
-
-def clip_name(file: File) -> str:
-    """By what the file is: it may change and keep its name."""
-    return hashlib.sha256(repr((file.path, file.size, file.mtime_ns)).encode()).hexdigest()[:32] + ".mp4"
-
-
-@lru_cache(maxsize=4096)
-def playable_as(path: Path, size: int, mtime_ns: int) -> str | None:
-    """The media type as which every current browser plays this file, None if it may not; cached for that very file."""
-    try:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
-            ending, codecs, media_type = PLAYABLE.get(container.format.name, (None, (), None))
-            codec = container.streams.video[0].codec_context
-            plays = codec.name in codecs and codec.pix_fmt in ("yuv420p", "yuvj420p")
-    except (av.FFmpegError, OSError, IndexError, AttributeError):
-        return None
-    return media_type if plays and ending in (None, path.suffix.lower()) else None
 
 
 def as_dict(answer: Answer, file: File) -> dict:
@@ -308,7 +268,7 @@ def create_app(store: Store, engine: Engine, hosts: tuple[str, ...] = names_of("
     """The application; `hosts`: the names under which it answers (names_of)."""
     page = PAGE.read_text(encoding="utf-8")
     site = Site(store, engine, page)
-    site.sweep()
+    clips.sweep(site.clips, store.files())
     routes = [
         Route("/", site.show_page),
         Route("/api/about", site.about),
@@ -333,19 +293,20 @@ def serve(store: Store, engine: Engine, *, host: str = "127.0.0.1", port: int = 
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise InputError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); give another --port or "
-                         "--host") from error  # fmt: skip
-    app = create_app(store, engine, names_of(host))
+        raise InputError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); give others") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     if not is_loopback(host):
-        print(f"warning: with --host {host} everyone who reaches this machine can search and watch these videos; "
-              "there is no password", flush=True)  # fmt: skip
+        print(f"warning: --host {host} lets everyone who reaches this machine search and watch, without a password")
     print(f"{address}  (Ctrl-C ends it)", flush=True)
     if show:
         webbrowser.open(address)
+    app = create_app(store, engine, names_of(host))
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, proxy_headers=False,
                             timeout_graceful_shutdown=1)  # fmt: skip
+    running = uvicorn.Server(config)
+    # Ctrl-C cuts off whoever is still watching; uvicorn would report each of them with a traceback.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not running.should_exit)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        running.run(sockets=[listener])
     except KeyboardInterrupt:  # raised again by uvicorn when all is closed
         pass

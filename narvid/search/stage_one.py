@@ -27,7 +27,6 @@ LISTS = 1024  # of an IVF index
 PROBED = 64  # lists that a query looks into, where no filter leaves windows out
 TRAINING = 50_000  # vectors that an index is trained on
 PER_CANDIDATE = 4  # vectors asked for a candidate: neighbouring frames of one window are often found together
-NAMES = ("stage_one.faiss", "stage_one.npz")
 
 
 class StageOne:
@@ -75,7 +74,7 @@ class StageOne:
         else:
             parameters = faiss.SearchParameters(sel=selector)
         k = min(PER_CANDIDATE * count, self.index.ntotal)
-        _, rows = self.index.search(_rotate(queries), k, params=parameters)  # (B, k) positions, -1 where there are no more
+        _, rows = self.index.search(_rotate(queries), k, params=parameters)  # (B, k), -1: no more
         found = []
         for row in rows:
             row = row[row >= 0]
@@ -83,28 +82,35 @@ class StageOne:
             found.append(self.ids[row[np.sort(first)[:count]]])
         return found
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, kind: str) -> None:
         """Keep it in the index folder; one that cannot be written to is searched all the same."""
-        temporary = [folder / f".{os.getpid()}.{name}" for name in NAMES]
+        paths = files_of(folder, kind)
+        temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
         with contextlib.suppress(OSError, RuntimeError):  # the latter is FAISS's
             _faiss().write_index(self.index, str(temporary[0]))
             np.savez(temporary[1], ids=self.ids, told=self.told, total=self.index.ntotal)
-            for path, name in zip(temporary, NAMES):
-                os.replace(path, folder / name)
+            for path, final in zip(temporary, paths):
+                os.replace(path, final)
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: Path) -> StageOne | None:
+    def load(cls, folder: Path, kind: str) -> StageOne | None:
         """What was kept, perhaps of an earlier state of the index; None where there is nothing whole."""
         try:
-            index = _faiss().read_index(str(folder / NAMES[0]))
-            with np.load(folder / NAMES[1]) as kept:
+            vectors, windows = files_of(folder, kind)
+            index = _faiss().read_index(str(vectors))
+            with np.load(windows) as kept:
                 whole = index.ntotal == kept["total"]
                 return cls(index, kept["ids"], kept["told"]) if whole else None
         except (OSError, RuntimeError, ValueError, KeyError):
             return None
+
+
+def files_of(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Where stage one of queries of a kind lies: FAISS's file, and which windows its vectors belong to."""
+    return folder / f"stage_one_{kind}.faiss", folder / f"stage_one_{kind}.npz"
 
 
 def _rotate(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,235 @@
+"""Search your own videos from the command line.
+
+  python -m narvid.search index VIDEOS --out INDEX --checkpoint runs/x --captioner llava-hf/llava-1.5-7b-hf
+  python -m narvid.search query INDEX "a woman slices bread"
+  python -m narvid.search serve INDEX                                  a page on http://127.0.0.1:8000/
+
+`index` again brings the index up to date with the folder. Installed, the command is also called narvid-search.
+Here: flags and what is printed. Not here: everything that happens (build.py, engine.py, server.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from narvid import InputError
+from narvid.captioners import LocalCaptioner, ServerCaptioner
+from narvid.flags import Parser, count, number, positive, positive_float
+from narvid.search.store import Store
+
+if TYPE_CHECKING:
+    from narvid.search.engine import Answer, Engine
+
+# What needs torch is imported where it is used: --help and a mistaken flag do without it.
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="narvid-search", description="Search your own videos.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index | query | serve")
+
+    index = commands.add_parser("index", help="a folder of videos -> an index, made or brought up to date",
+                                allow_abbrev=False)
+    add = index.add_argument
+    add("videos", type=Path, metavar="VIDEOS", help="folder of video files, searched with its subfolders")
+    add("--out", type=Path, required=True, metavar="INDEX", help="the index, a folder of its own")
+    add("--checkpoint", metavar="RUN", help="a run's folder or best.pt, or a released NarVid file [plain CLIP]")
+    add("--clip_model", help="open_clip name or .json, of plain CLIP or of a released file [ViT-B-32]")
+    add("--clip_pretrained", help="of plain CLIP: open_clip tag, or a weights file [openai]")
+    add("--captioner", metavar="NAME", help="narrate with this image-text model of transformers, name or folder")
+    add("--server", metavar="URL", help="or with a model behind an OpenAI-compatible server; needs --model")
+    add("--model", metavar="NAME", help="of --server")
+    add("--narrations", type=Path, metavar="FILE", help="or take the sentences from a narration file")
+    add("--prompt", help="of the captioner: A, B or C of Table 7, or your own [C]")
+    add("--window", type=positive_float, help="seconds; longer videos are cut into windows that overlap by half [30]")
+    add("--fps", type=positive_float, default=1.0, help="frames per second that are looked at [1]")
+    add("--statistics_queries", metavar="FILE", help="queries, one a line, that stand for yours where Eq. 11 wants "
+        "mean and deviation [the narration's own sentences]")
+    add("--retry", action="store_true", help="once more what could not be read, or lacks a sentence")
+
+    query = commands.add_parser("query", help="answers to a sentence, a file of them, a picture or a clip",
+                                allow_abbrev=False)
+    add = query.add_argument
+    add("index", type=Path, metavar="INDEX")
+    add("text", nargs="?", help="what happens in the video")
+    add("--queries", metavar="FILE", help="one a line; - is the standard input")
+    add("--picture", type=Path, metavar="FILE", help="windows that look like this picture")
+    add("--clip", type=Path, metavar="FILE", help="windows like the beginning of this video")
+    add("--top", type=positive, default=10, help="how many answers [10]")
+    add("--folder", default="", help="only videos in this folder, relative to the indexed one")
+    add("--min_seconds", type=number, default=0.0, help="only videos of this length or longer")
+    add("--max_seconds", type=number, default=inf, help="only videos of this length or shorter")
+    add("--exact", action="store_true", help="score every window, not only stage one's candidates")
+    add("--json", action="store_true", help="one JSON object a query, one a line")
+
+    serve = commands.add_parser("serve", help="a page to search in, on this machine", allow_abbrev=False)
+    add = serve.add_argument
+    add("index", type=Path, metavar="INDEX")
+    add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
+    add("--port", type=count, default=8000, help="0 takes a free one [8000]")
+    add("--open", action="store_true", help="open the page in a browser")
+    for command in (query, serve):
+        command.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
+    args = parser.parse_args(argv)
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: Parser) -> None:
+    """Flags that exclude or need one another."""
+    if args.command == "index":
+        sources = [f"--{name}" for name in ("captioner", "server", "narrations") if getattr(args, name)]
+        if len(sources) > 1:
+            parser.error(f"{' and '.join(sources)} exclude each other: give one of them")
+        if bool(args.server) != bool(args.model):
+            parser.error("--server and --model go together: the address, and the model's name there")
+        if args.prompt and not (args.captioner or args.server):
+            parser.error("--prompt is the captioner's: give --captioner or --server too, or leave it out")
+        if args.checkpoint and args.clip_pretrained:
+            parser.error("--clip_pretrained is for plain CLIP; --checkpoint brings its weights: leave one out")
+    if args.command == "query":
+        asked = [name for name in ("text", "queries", "picture", "clip") if getattr(args, name) is not None]
+        if len(asked) != 1:
+            parser.error('give one of "a sentence", --queries, --picture and --clip')
+        if args.text is not None and not args.text.strip():
+            parser.error("the sentence is empty: say what to look for")
+
+
+# ---- the three commands ----
+
+
+def index_videos(args: argparse.Namespace) -> None:
+    from narvid.search.build import WINDOW, update
+    from narvid.search.embedding import Embedder
+
+    queries = read_queries(args.statistics_queries) if args.statistics_queries else None
+    captioner = None
+    if args.captioner:
+        captioner = LocalCaptioner(args.captioner, args.prompt)
+    elif args.server:
+        captioner = ServerCaptioner(args.server, args.model, args.prompt)
+    told = captioner is not None or args.narrations is not None
+    embedder = Embedder.load(args.checkpoint, clip_model=in_full(args.clip_model or "ViT-B-32"),
+                             clip_pretrained=in_full(args.clip_pretrained or "openai"), narration=told)
+    report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
+                    window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
+                    workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    print(f"{report.added} files added, {report.changed} changed, {report.removed} removed, {report.unchanged} as "
+          f"before, {report.failed} could not be read; {args.out} holds {report.windows} windows")
+    print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
+          f"{args.out}")
+
+
+def query_index(args: argparse.Namespace) -> None:
+    same = {name: getattr(args, name) for name in ("top", "folder", "min_seconds", "max_seconds", "exact")}
+    texts = read_queries(args.queries) if args.queries else [args.text]
+    picture = read_bytes(args.picture) if args.picture else None
+    with Store(args.index, read_only=True) as store:
+        if not store.count():
+            raise InputError(f"{args.index}: nothing is indexed yet; fill it with `python -m narvid.search index`")
+        engine = open_engine(store, args.checkpoint)
+        if picture is not None:
+            found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
+        elif args.clip:
+            found = [({"clip": str(args.clip)}, engine.like_clip(args.clip, **same))]
+        else:
+            found = zip(({"query": text} for text in texts), engine.search(texts, **same))
+        for asked, answers in found:
+            if args.json:
+                answers = [a._asdict() | {"frames": [frame._asdict() for frame in a.frames]} for a in answers]
+                print(json.dumps(asked | {"answers": answers}))
+            else:
+                print("\n".join(table(next(iter(asked.values())), answers)))
+
+
+def serve_index(args: argparse.Namespace) -> None:
+    from narvid.search import server
+
+    with Store(args.index, read_only=True) as store:
+        server.serve(store, open_engine(store, args.checkpoint), host=args.host, port=args.port, show=args.open)
+
+
+def open_engine(store: Store, checkpoint: str | None) -> Engine:
+    """The engine of an index with the model that made it, from where it was or from where --checkpoint says."""
+    from narvid.search.embedding import Embedder
+    from narvid.search.engine import Engine
+
+    settings = store.settings
+    there = checkpoint or settings["checkpoint"]
+    if there is not None and not Path(there).exists():
+        raise InputError(f"{there}: the index's model is not there; say with --checkpoint where it lies")
+    with redirect_stdout(sys.stderr):  # what loading says is no answer
+        embedder = Embedder.load(there, clip_model=settings["clip_model"], narration=settings["narration"],
+                                 clip_pretrained=settings["clip_pretrained"])
+    return Engine(store, embedder)
+
+
+# ---- reading and printing ----
+
+
+def in_full(name: str) -> str:
+    """A file by its whole path, for the index remembers it; any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_file() else name
+
+
+def read_queries(name: str) -> list[str]:
+    """One query a line, blank lines left out; "-" is the standard input."""
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} cannot be read ({error}): give a UTF-8 file of one query a line") from error
+    if not (queries := [line.strip() for line in text.splitlines() if line.strip()]):
+        raise InputError(f"{name} holds no query: write one a line")
+    return queries
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--picture {path} cannot be read ({error.strerror})") from error
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, the fraction cut off."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def table(asked: str, answers: Iterable[Answer]) -> Iterator[str]:
+    """The answers as lines of a table; below each what the filter kept, with its weight."""
+    from narvid.search.build import printable
+
+    rows = [(printable(answer.path), f"{clock(answer.start)}-{clock(answer.end)}", answer) for answer in answers]
+    wide = max([len(path) for path, _, _ in rows] + [4])
+    yield printable(asked) + ("" if rows else ": no answer")
+    if rows:
+        yield f"{'rank':>5}  {'file':{wide}}  {'time':>13}  {'S_qv':>6}  {'S_qn':>6}  {'fused':>6}"
+    for path, time, a in rows:
+        told = "" if a.s_narration is None else f"{a.s_narration:.3f}"
+        yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {told:>6}  {a.score:>6.2f}"
+        kept = [f"{clock(f.time)} {f.frame_weight:.0%}" for f in a.frames if f.frame_weight > 0]
+        yield f"{'':7}frames {', '.join(kept)}"
+        for frame in (f for f in a.frames if f.sentence_weight > 0):
+            yield f"{'':7}{clock(frame.time):>6} {frame.sentence_weight:>4.0%}  {printable(frame.sentence)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command narvid-search; a mistake ends it with one sentence and exit status 1."""
+    args = parse_args(argv)
+    try:
+        {"index": index_videos, "query": query_index, "serve": serve_index}[args.command](args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""The server of narvid.search: what it answers, and what nobody can get out of it.
+
+A real server on a real socket, asked through http.client, which sends a request as it stands: `..`, ranges, Host. The
+index is real, the engine is not: it answers with every window there is, and writes down what it was asked.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
+from io import BytesIO
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from test_frames import make_clip
+
+from narvid import InputError
+
+pytest.importorskip("starlette")
+uvicorn = pytest.importorskip("uvicorn")
+
+from narvid.search import clips, guard, server
+from narvid.search.engine import Answer, Seen
+from narvid.search.store import Store
+
+HOSTILE = "<img src=x onerror=alert(1)> & 'co' #1?.mp4"
+HOSTILE_SENTENCE = "<script>document.title='run'</script><svg onload=document.title='run'> &amp;"
+SECRET = b"the secret of another folder"
+WEIGHTS = [0.0, 0.25, 0.75, 0.0]  # of an answer's frames, at 0, 2, 4 and 6 s
+
+
+class FakeEngine:
+    """Every window of the folder is an answer; "none" has no answer, "slow" waits for `go_on`, others fail."""
+
+    def __init__(self, store):
+        self.store, self.asked, self.go_on, self.running = store, [], threading.Event(), []
+
+    def search(self, queries, *, top, folder, min_seconds, max_seconds):
+        [query] = queries
+        self.asked.append((query, top, folder, min_seconds, max_seconds))
+        if query == "slow":
+            self.running.append(query)
+            assert self.running == ["slow"] and self.go_on.wait(10)
+            self.running.remove(query)
+        if query == "fault":
+            raise RuntimeError("secret detail")
+        if query == "busy":
+            raise InputError("the index is being written by another process; wait for it")
+        ids = [] if query == "none" else self.store.all_windows(folder, min_seconds, max_seconds)
+        return [[self.answer(rank, w) for rank, w in enumerate(self.store.windows(ids)[:top], 1)]]
+
+    def like_window(self, window, **same):
+        return [answer for answer in self.search([f"like {window}"], **same)[0] if answer.window != window]
+
+    def like_picture(self, data, **same):
+        try:
+            Image.open(BytesIO(data)).load()
+        except OSError:
+            raise InputError("the picture cannot be read: give a whole jpg or png") from None
+        return self.search([f"picture of {len(data)} bytes"], **same)[0]
+
+    def answer(self, rank, window):
+        frames = [Seen(*frame, weight, weight) for frame, weight in zip(self.store.frames(window.file), WEIGHTS)]
+        why = f"because of {HOSTILE_SENTENCE}"
+        return Answer(rank, window.file, window.id, window.path, window.start, window.end, 3.0 - rank, 0.5, 0.25,
+                      frames, why)
+
+
+def put(store, name, *, path=None):
+    """Index a file as it is: 4 frames, one window."""
+    path = path or Path(store.settings["videos"]) / name
+    status, jpg = path.stat(), BytesIO()
+    Image.new("RGB", (32, 24), (200, 30, 30)).save(jpg, "JPEG")
+    sentences = ["a red field", HOSTILE_SENTENCE, "it stays red", None]
+    frames = [(2.0 * i, jpg.getvalue(), sentence) for i, sentence in enumerate(sentences)]
+    store.put_file(name, status.st_size, status.st_mtime_ns, 8.0, "", frames, [(0.0, 8.0, [0, 1, 2, 3])],
+                   {"frames": np.zeros((1, 2), np.float32)}, np.zeros((1, 2), np.float32))
+
+
+def make_index(home):
+    """Four videos, the avi one no browser plays, and a file that could not be read -> the folder of the index."""
+    videos = home / "videos"
+    (videos / "sub" / "deep").mkdir(parents=True)
+    make_clip(videos / "plain.mp4", np.arange(0, 8, 0.5))
+    make_clip(videos / "sub" / "old.avi", np.arange(0, 8, 0.5), codec="mpeg4", rate=2)
+    for name in (HOSTILE, "sub/deep/third.mp4"):
+        (videos / name).write_bytes((videos / "plain.mp4").read_bytes())
+    (home / "secret.mp4").write_bytes(SECRET)
+    settings = {"videos": str(videos), "method": "narvid", "narration": True, "captioner": "people"}
+    with Store(home / "index", create=settings) as store:
+        for name in ("plain.mp4", "sub/old.avi", HOSTILE, "sub/deep/third.mp4"):
+            put(store, name)
+        store.fail_file("broken.mp4", 3, 3, "broken.mp4 cannot be opened as a video")
+    return home / "index"
+
+
+@contextmanager
+def running(app):
+    """A server in a thread of this process -> its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        uvicorns = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="critical"))
+        thread = threading.Thread(target=uvicorns.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            uvicorns.should_exit = True
+            thread.join()
+
+
+class Site:
+    """The running server, its index and its engine."""
+
+    def __init__(self, store, engine, port):
+        self.store, self.engine, self.port, self.videos = store, engine, port, Path(store.settings["videos"])
+        self.id_of = {file.path: file.id for file in store.files()}
+
+    def ask(self, path, method="GET", body=None, **headers):
+        """(status, headers, body) of a request that is sent as it stands."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        response = connection.getresponse()
+        answer = response.status, response.headers, response.read()
+        connection.close()
+        return answer
+
+    def json(self, path, *args, **headers):
+        status, got, body = self.ask(path, *args, **headers)
+        assert got["content-type"] == "application/json", body
+        return status, json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with Store(make_index(tmp_path_factory.mktemp("search")), read_only=True) as store:
+        engine = FakeEngine(store)
+        with running(server.create_app(store, engine)) as port:
+            yield Site(store, engine, port)
+
+
+# ---- answers ----
+
+
+def test_a_search_says_where_and_why_and_hands_the_filters_on(site):
+    status, found = site.json("/api/search?q=a+red+field&folder=sub/&top=7&min_seconds=2.5&max_seconds=60")
+    assert status == 200 and found["query"] == "a red field"
+    assert site.engine.asked[-1] == ("a red field", 7, "sub", 2.5, 60.0)
+    assert [a["path"] for a in found["answers"]] == ["sub/old.avi", "sub/deep/third.mp4"]
+    answer = found["answers"][0]
+    assert (answer["best"], answer["moment"], answer["seconds"], answer["s_narration"]) == (2, 4.0, 8.0, 0.25)
+    assert answer["frames"][1] == {"number": 1, "time": 2.0, "sentence": HOSTILE_SENTENCE, "frame_weight": 0.25,
+                                   "sentence_weight": 0.25}
+
+
+def test_more_like_a_window_leaves_it_out_and_names_it(site):
+    status, found = site.json("/api/like?window=1")
+    assert status == 200 and found["like"]["path"] == "plain.mp4" and len(found["answers"]) == 3
+    assert site.json("/api/like?window=99")[0] == 404
+    assert site.json("/api/like?window=99999999999999999999999999")[0] == 400
+
+
+def test_about_counts_and_names_what_could_not_be_read(site):
+    status, about = site.json("/api/about")
+    assert status == 200 and (about["files"], about["windows"], about["failures"]) == (4, 4, 1)
+    assert about["failed"] == [{"path": "broken.mp4", "why": "broken.mp4 cannot be opened as a video"}]
+    assert about["folders"] == ["sub", "sub/deep"] and about["narrated"] and about["loses"] == ""
+    assert str(site.videos.parent) not in json.dumps(about)
+
+
+@pytest.mark.parametrize("query, named", [
+    ("", "q is missing"), ("q=%20", "q is missing"), ("q=" + 2001 * "x", "too long"), ("q=a&top=0", "top"),
+    ("q=a&top=101", "top"), ("q=a&top=1e3", "top"), ("q=a&min_seconds=nan", "min_seconds"),
+    ("q=a&min_seconds=-1", "min_seconds"), ("q=a&max_seconds=inf", "max_seconds"), ("q=a&max_seconds=", "max_seconds"),
+    ("q=a&q=b", "q is given 2 times"), ("q=a&path=/etc", "'path'"), ("window=1", "'window'")])
+def test_a_senseless_parameter_is_named(site, query, named):
+    asked = len(site.engine.asked)
+    status, answer = site.json(f"/api/search?{query}")
+    assert status == 400 and named in answer["error"] and len(site.engine.asked) == asked
+
+
+def test_faults_are_sentences_without_details(site):
+    status, answer = site.json("/api/search?q=busy")
+    assert status == 503 and answer["error"] == "the index is being written by another process; wait for it"
+    status, answer = site.json("/api/search?q=fault")
+    assert status == 500 and "secret" not in answer["error"] and "Traceback" not in answer["error"]
+    assert site.json("/nothing")[0] == 404 and site.json("/api/search", "POST")[0] == 405
+
+
+def test_file_names_that_are_no_text_are_answered(site, tmp_path):
+    with Store(tmp_path / "index", create=site.store.settings) as store:
+        put(store, "caf\udce9.mp4", path=site.videos / "plain.mp4")
+        with running(server.create_app(store, FakeEngine(store))) as port:
+            status, found = Site(store, None, port).json("/api/search?q=x")
+    assert status == 200 and found["answers"][0]["path"] == "caf\udce9.mp4"
+
+
+def test_a_picture_is_searched_by_its_bytes(site):
+    picture = BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    status, found = site.json("/api/picture?top=2", "POST", picture.getvalue())
+    assert status == 200 and len(found["answers"]) == 2
+    assert site.engine.asked[-1][0] == f"picture of {len(picture.getvalue())} bytes"
+    assert site.json("/api/picture", "POST", b"no picture")[0] == 400
+    assert site.json("/api/picture", "POST", b"")[0] == 400
+
+
+def test_a_picture_of_any_size_does_not_fill_the_memory(site, monkeypatch):
+    monkeypatch.setattr(server, "MAX_PICTURE", 100_000)
+    chunks = iter([b"x" * 60_000, b"x" * 60_000])  # without a length: chunked
+    assert site.json("/api/picture", "POST", chunks)[0] == 413
+
+
+# ---- clips ----
+
+
+def test_a_clip_is_the_file_in_whole_and_in_part(site):
+    whole = (site.videos / "plain.mp4").read_bytes()
+    clip = f"/clip/{site.id_of['plain.mp4']}"
+    status, headers, body = site.ask(clip)
+    assert (status, headers["content-type"], headers["accept-ranges"]) == (200, "video/mp4", "bytes") and body == whole
+    status, headers, body = site.ask(clip, "HEAD")
+    assert status == 200 and headers["content-length"] == str(len(whole)) and body == b""
+    for asked, part in {"bytes=0-3": whole[:4], "bytes=5-": whole[5:], "bytes=-7": whole[-7:],
+                        "bytes=0-99999999999999999999999": whole}.items():
+        status, headers, body = site.ask(clip, Range=asked)
+        assert status == 206 and body == part and headers["content-range"].endswith(f"/{len(whole)}"), asked
+
+
+@pytest.mark.parametrize("asked, statuses", [
+    ("bytes=9-2", {200, 400, 416}), ("bytes=99999999999-", {416}), ("bytes=-0", {416}), ("bytes=x-y", {200, 400}),
+    ("bytes=", {200, 400}), ("items=0-1", {200, 400}), ("bytes=--5", {200, 400, 416}),
+    ("bytes=" + "9" * 5000 + "-", {200, 400, 416}), ("bytes=0-1,4-5", {416}),
+    ("bytes=" + ",".join(f"{i}-{i}" for i in range(0, 2000, 2)), {416})])
+def test_odd_ranges_give_no_more_than_the_file(site, asked, statuses):
+    size = (site.videos / "plain.mp4").stat().st_size
+    status, _, body = site.ask(f"/clip/{site.id_of['plain.mp4']}", Range=asked)
+    assert status in statuses and len(body) < size + 500
+
+
+def test_what_browsers_cannot_play_is_made_into_an_mp4_once(site, monkeypatch):
+    made, compress = [], clips.compress_video
+
+    def slowly(*args, **how):
+        made.append(args)
+        time.sleep(0.1)
+        compress(*args, **how)
+
+    monkeypatch.setattr(clips, "compress_video", slowly)
+    clip = f"/clip/{site.id_of['sub/old.avi']}"
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(site.ask, 3 * [clip]))
+    assert len(made) == 1 and {(status, headers["content-type"]) for status, headers, _ in answers} == {
+        (200, "video/mp4")}
+    with av.open(BytesIO(answers[0][2])) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert float(container.duration / 1e6) == pytest.approx(8.0, abs=0.6)
+    assert [path.suffix for path in (Path(site.store.path) / "clips").iterdir()] == [".mp4"]
+
+
+def test_a_start_sweeps_up_what_is_not_wanted(site):
+    folder = Path(site.store.path) / "clips"
+    folder.mkdir(exist_ok=True)
+    kept = folder / clips.clip_name(site.store.file(site.id_of["sub/old.avi"]))
+    for path in (kept, kept.with_suffix(".tmp"), folder / "0123.mp4"):
+        path.touch()
+    server.create_app(site.store, site.engine)
+    assert list(folder.iterdir()) == [kept]
+    kept.unlink()
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt, expected", [
+    ("a.mp4", "libx264", "yuv420p", "video/mp4"), ("a.mov", "libx264", "yuv420p", "video/mp4"),
+    ("a.webm", "libvpx", "yuv420p", "video/webm"), ("a.mkv", "libx264", "yuv420p", None),
+    ("a.mp4", "libx264", "yuv444p", None), ("a.mp4", "mpeg4", "yuv420p", None)])
+def test_which_files_browsers_play(tmp_path, name, codec, pix_fmt, expected):
+    path = make_clip(tmp_path / name, [0, 0.5, 1], codec=codec, pix_fmt=pix_fmt, rate=2)
+    assert clips.playable_as(path, 0, 0) == expected
+
+
+def test_frames_come_from_the_index_alone(site):
+    file = site.id_of[HOSTILE]
+    status, headers, body = site.ask(f"/frame/{file}/2.jpg")
+    assert (status, headers["content-type"]) == (200, "image/jpeg") and body == site.store.jpeg(file, 2)
+    for path in (f"/frame/{file}/4.jpg", "/frame/99/0.jpg", f"/frame/{file}/-1.jpg", f"/frame/{file}/0.png"):
+        assert site.ask(path)[0] == 404, path
+
+
+# ---- what cannot be had ----
+
+
+@pytest.mark.parametrize("path", [
+    "/clip/../../secret.mp4", "/clip/..%2f..%2fsecret.mp4", "/clip/%2e%2e/secret.mp4", "/clip/../secret.mp4",
+    "//secret.mp4", "/clip//etc/passwd", "/clip/%2Fetc%2Fpasswd", "/clip/plain.mp4", "/clip/0", "/clip/-1", "/clip/1.0",
+    "/clip/1%00", "/clip/99999999999999999999", "/clip/" + 5000 * "9", "/clip/%D9%A1", "/clip/5",
+    "/frame/1/..%2f..%2f0.jpg", "/index.db", "/page.html", "/../server.py"])
+def test_no_path_of_a_request_leads_to_a_file(site, path):
+    status, _, body = site.ask(path)
+    assert status == 404 and SECRET not in body and b"ftyp" not in body
+
+
+def test_a_file_that_is_not_the_indexed_one_is_not_served(site, tmp_path):
+    videos, clip = site.videos, f"/clip/{site.id_of['sub/deep/third.mp4']}"
+    path, folder = videos / "sub" / "deep" / "third.mp4", videos / "sub" / "deep"
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+
+    def refused(status):
+        got, answer = site.json(clip)
+        assert got == status and "third.mp4" in answer["error"]
+
+    path.unlink()
+    refused(410)
+    path.symlink_to(videos.parent / "secret.mp4")  # out of the folder
+    refused(403)
+    path.unlink()
+    path.symlink_to(path)  # in a circle
+    refused(410)
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    refused(403)
+    path.unlink()
+    path.write_bytes(whole[:-1] + b"x")  # another content of the same size
+    refused(409)
+    path.write_bytes(whole)
+    os.utime(path, ns=times)
+    assert site.ask(clip)[0] == 200
+    folder.rename(tmp_path / "deep")
+    folder.symlink_to(tmp_path / "deep")  # the same file, but outside
+    refused(403)
+    folder.unlink()
+    (tmp_path / "deep").rename(folder)
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example"}, {"Host": "evil.example:{port}"}, {"Host": "127.0.0.1.evil.example"}, {"Host": ""},
+    {"Host": "user@127.0.0.1"}, {"Host": "192.168.0.7"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"}, {"Origin": "http://["}, {"Sec_Fetch_Site": "cross-site"},
+    {"Sec_Fetch_Site": "same-site"}])
+def test_other_sites_are_not_answered(site, headers):
+    headers = {name: value.format(port=site.port) for name, value in headers.items()}
+    asked = len(site.engine.asked)
+    for path, method in (("/api/search?q=x", "GET"), ("/api/picture", "POST"), ("/clip/1", "GET"),
+                         ("/frame/1/0.jpg", "GET")):
+        status, answer = site.json(path, method, b"x" if method == "POST" else None, **headers)
+        assert status == 403 and answer["error"], path
+    assert len(site.engine.asked) == asked
+
+
+def test_the_page_itself_may_be_linked_to_and_ask(site):
+    assert site.ask("/?q=x", Sec_Fetch_Site="cross-site")[0] == 200
+    for host in (f"127.0.0.1:{site.port}", f"localhost:{site.port}", f"[::1]:{site.port}"):
+        assert site.ask("/api/search?q=x", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
+
+
+def test_names_of_a_server_that_others_reach(monkeypatch):
+    names = guard.names_of("0.0.0.0")
+    for host, ours in {"192.168.0.7:8000": True, "[fe80::1]:8000": True, "evil.example": False,
+                       socket.gethostname(): True, "1.2.3.4.evil.example": False}.items():
+        assert guard.is_ours(host, names) == ours, host
+    assert not guard.is_ours("192.168.0.7", guard.names_of("127.0.0.1"))
+
+
+def test_every_answer_keeps_the_page_to_itself(site):
+    page = server.PAGE.read_text(encoding="utf-8")
+    for path in ("/", "/api/about", "/clip/1", "/nothing"):
+        headers = site.ask(path)[1]
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert policy.count("'sha256-") == 2 == len(re.findall(r"<script>|<style>", page))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|https?://", page)
+
+
+# ---- at the same time ----
+
+
+def test_clips_go_on_while_a_search_runs_and_searches_wait_for_each_other(site):
+    site.engine.go_on.clear()
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(site.json, "/api/search?q=slow") for _ in range(2)]
+        for _ in range(500):
+            if site.engine.running:
+                break
+            time.sleep(0.01)
+        assert [site.ask(path)[0] for path in ("/clip/1", "/frame/1/0.jpg", "/api/about")] == [200, 200, 200]
+        assert not any(answer.done() for answer in slow)
+        site.engine.go_on.set()
+        assert [answer.result()[0] for answer in slow] == [200, 200]
+
+
+def test_ctrl_c_ends_it_cleanly_while_a_clip_is_being_watched(site, tmp_path, capfd):
+    big = tmp_path / "big.mp4"
+    big.write_bytes((site.videos / "plain.mp4").read_bytes() + bytes(8_000_000))  # more than a socket takes at once
+    with Store(tmp_path / "index", create=site.store.settings | {"videos": str(tmp_path)}) as store:
+        put(store, "big.mp4")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        def watch():
+            try:
+                for _ in range(200):
+                    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as connection:
+                        connection.sendall(f"GET /clip/1 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                        got.append(connection.recv(1000))
+                        return signal.raise_signal(signal.SIGINT) or time.sleep(2)  # and watches on
+                    time.sleep(0.02)
+            finally:
+                got.append(b"end")
+
+        got, thread = [], threading.Thread(target=watch)
+        thread.start()
+        server.serve(store, FakeEngine(store), port=port)  # comes back, and raises no KeyboardInterrupt
+        assert got[0].startswith(b"HTTP/1.1 200") and len(got) == 1  # it was still being watched
+        thread.join()
+    printed = capfd.readouterr()
+    assert f"http://127.0.0.1:{port}/" in printed.out and printed.err == ""
+
+
+def test_an_address_in_use_is_one_sentence(site):
+    with pytest.raises(InputError, match=r"--port \d+: cannot listen there"):
+        server.serve(site.store, site.engine, port=site.port)
