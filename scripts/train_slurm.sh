@@ -21,7 +21,7 @@ if [ ! -f scripts/train_nodes.sh ]; then
 fi
 source scripts/env.sh # here first, so that the machines do not install at the same time
 export NODES=$SLURM_JOB_NUM_NODES
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((20000 + SLURM_JOB_ID % 10000))
 export HEAD
 # srun does not inherit the number of cores, and would bind all processes of a machine to one.
 exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=none --kill-on-bad-exit=1 \

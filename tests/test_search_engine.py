@@ -227,7 +227,7 @@ def test_plain_clip_is_searched_by_its_pooled_features(plain, measured, tmp_path
 
 
 def test_the_wrong_model_is_refused(index, alone, plain, embedder):
-    with pytest.raises(InputError, match=r"made with another model \(method narvid there, zeroshot here, weights .*"
+    with pytest.raises(InputError, match=r"made with another model \(method narvid there, zeroshot here, .*"
                                          r"give --checkpoint .*best.pt"):
         Engine(index, plain)
     with pytest.raises(InputError, match="narration True there, False here"):

@@ -10,6 +10,7 @@
   build.py       folder of files -> index; goes on where it stopped, notices what has changed
   server.py      the page (page.html) and its JSON API
   guard.py       who may ask the server
+  clips.py       which files a browser plays, and an mp4 of those it cannot
   __main__.py    the flags
 
 Only embedding.py knows the trainer. Nothing is imported here, so that a worker process
