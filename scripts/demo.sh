@@ -19,3 +19,9 @@ echo "== 4/5 narrations: an imperfect captioner, one sentence a frame -> demo/na
 echo "== 5/5 train and evaluate -> runs/demo/"
 "$PYTHON" main_task_retrieval.py --config configs/demo.yaml --output_dir runs/demo --resume auto "$@"
 echo "== done in $((SECONDS - start)) s after the set-up"
+cat <<END
+== search these videos with this model:
+   $PYTHON -m narvid.search index demo/videos --out demo/index --checkpoint runs/demo --narrations demo/narrations.jsonl
+   $PYTHON -m narvid.search query demo/index "a red star grows, and later a blue square flashes"
+   $PYTHON -m narvid.search serve demo/index
+END

@@ -335,6 +335,31 @@ def test_without_words_the_eos_feature_is_the_same():
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_many_texts_are_read_in_parts_of_like_length(monkeypatch):
+    """The same features and gradients in the order they came, with fewer tokens through the tower."""
+    towers = towers_with_life().double()
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 21, (clip.MANY_TEXTS + 3,), generator=generator)
+    tokens = some_texts(len(lengths), lengths.tolist())
+
+    def read(many):
+        monkeypatch.setattr(clip, "MANY_TEXTS", many)
+        towers.zero_grad()
+        eos, words = clip.encode_text(towers, tokens, words=False)
+        assert words is None
+        (eos * torch.arange(len(eos))[:, None]).sum().backward()
+        return eos.detach(), towers.token_embedding.weight.grad.clone()
+
+    shapes = []
+    towers.transformer.register_forward_pre_hook(lambda _, x: shapes.append(x[0].shape[:2]))
+    at_once, in_parts = read(10 ** 9), read(len(tokens))
+    whole, *parts = shapes
+    assert len(parts) == 4 and sum(n for n, _ in parts) == whole[0] == len(tokens)
+    assert sum(n * t for n, t in parts) < 0.75 * whole[0] * whole[1]
+    for one, other in zip(at_once, in_parts):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("frozen", [-1, 0, 1])  # with frozen embeddings the first block's input has no gradient
 def test_grad_checkpointing_changes_neither_features_nor_gradients(frozen):
     got = []

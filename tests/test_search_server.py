@@ -427,3 +427,5 @@ def test_ctrl_c_ends_it_cleanly_while_a_clip_is_being_watched(site, tmp_path, ca
 def test_an_address_in_use_is_one_sentence(site):
     with pytest.raises(InputError, match=r"--port \d+: cannot listen there"):
         server.serve(site.store, site.engine, port=site.port)
+    with pytest.raises(InputError, match="--port 70000: cannot listen there"):
+        server.serve(site.store, site.engine, port=70000)

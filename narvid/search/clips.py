@@ -6,6 +6,7 @@ Not here: which file may be served to whom (server.py), decoding and encoding (n
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,4 +64,5 @@ def sweep(folder: Path, files: Iterable[File]) -> None:
     wanted = {clip_name(file) for file in files}
     for path in folder.glob("*"):
         if path.name not in wanted:
-            path.unlink()
+            with suppress(OSError):  # an index that may not be written is served as it is
+                path.unlink()

@@ -158,8 +158,8 @@ class Embedder:
 
         NarVid: the frames are CLIP's own on both sides, since a query may have no narration to hear. Scored as a text,
         at both grains: the eos is the mean of the normalised real frames (sentences), these are the words, all of one
-        weight. But nothing is filtered: with uniform weights on either side a video's twin has the highest score there
-        is. Other methods compare their pooled features.
+        weight. Nothing is filtered unless all the queries are single pictures, which look for one frame: with uniform
+        weights on either side a video's twin has the highest score there is. Other methods compare pooled features.
         """
         means = self._means(videos)
         if not isinstance(videos, NarVidVideos):
@@ -189,20 +189,20 @@ class Embedder:
         elif not isinstance(videos, NarVidVideos):
             scores = {view: self.encoding.score(of_view, videos)[view] for view, of_view in queries.items()}
         else:
-            scores = {view: match(queries[view], Videos(features, None, mask, None), block=BLOCK,
-                                  **self._matching | {"method": "uniform"})["video"]
+            options = self._matching | ({"method": "uniform"} if _of_many_frames(queries) else {})
+            scores = {view: match(queries[view], Videos(features, None, mask, None), block=BLOCK, **options)["video"]
                       for view, (features, mask) in self._views_of(videos, alike=True).items()}
         return {view: s.float().cpu() for view, s in scores.items()}
 
     @torch.no_grad()
     def filter_weights(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, np.ndarray] | None:
-        """What each text looks at, {view: (B, V, K)}, 0 where the filter drops; None where nothing is filtered."""
-        if self._matching is None or isinstance(queries, dict):
+        """What each query looks at, {view: (B, V, K)}, 0 where the filter drops; None where nothing is filtered."""
+        if self._matching is None or (isinstance(queries, dict) and _of_many_frames(queries)):
             return None
         options = {name: value for name, value in self._matching.items() if name != "fine"}
         weights = {}
-        for view, (features, mask) in self._views_of(videos).items():
-            eos = F.normalize(queries.eos.double(), dim=-1)
+        for view, (features, mask) in self._views_of(videos, alike=isinstance(queries, dict)).items():
+            eos = F.normalize(_of_view(queries, view).eos.double(), dim=-1)
             cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
             weights[view] = filter_weights(cosine, mask, **options).cpu().numpy()
         return weights
@@ -286,6 +286,11 @@ def weights_digest(model: torch.nn.Module) -> str:
 def _joined(parts: list[NamedTuple]) -> NamedTuple:
     """Batches of features, one below the other."""
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+
+
+def _of_many_frames(queries: dict[str, Queries]) -> bool:
+    """Whether any of the queries of `like` has more than one frame."""
+    return bool((queries["video"].word_mask.sum(dim=1) > 1).any())
 
 
 def _first(mask: Tensor) -> Tensor:

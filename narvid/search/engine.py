@@ -194,7 +194,7 @@ class Engine:
 
     def _score(self, queries: AnyQueries, told: np.ndarray, ids: np.ndarray, statistics: ViewStatistics) -> _Scores:
         """Stage two: evaluation's scores of B queries with these windows, their features read block by block."""
-        parts = []
+        parts, told = [], told & (statistics[1] is not None)
         for start in range(0, len(ids), BLOCK):
             videos = self.embedder.unpack(self.store.features(ids[start:start + BLOCK]))
             scores = self.embedder.score(queries, videos)
@@ -208,8 +208,7 @@ class Engine:
                  itself: Window | None) -> list[Answer]:
         """The best of n scored windows, for one query."""
         order = np.argsort(-scores.fused[0], kind="stable")  # of equal ones the window with the smaller id
-        taken: list[tuple[int, Window]] = []
-        seen = [] if itself is None else [itself]
+        taken, seen = [], [itself] if itself else []
         for place, window in self._by_rank(ids, order):
             if len(taken) == top:
                 break
@@ -254,7 +253,7 @@ def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: Vie
     """Eq. 11 (B, n) with given statistics; 2 z(S_qv) where `both` (B, n) says that the narration does not count."""
     of_video, of_narration = statistics
     alone = fusion.fuse(scores["video"], scores["video"], 1.0, (of_video, of_video))
-    if "narration" not in scores or of_narration is None:
+    if not both.any():
         return alone
     return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, statistics), alone)
 
@@ -265,11 +264,12 @@ def reasons(s_video: float, s_narration: float | None, frames: list[Seen], stati
              (("frames", s_video, statistics[0]), ("sentences", s_narration, statistics[1] or (0, 0))) if s is not None]
     parts = " and ".join(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}"
                          for name, z in views)
-    best = max(frames, key=lambda frame: frame.frame_weight)
+    best, told = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
     looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
-    told = max(frames, key=lambda frame: frame.sentence_weight)
     if s_narration is not None:
         looked += f', of the sentences "{told.sentence}" ({told.sentence_weight:.0%})'
+    if best.frame_weight == min(frame.frame_weight for frame in frames):
+        looked = "all its frames count alike"
     return f"{parts} the mean of all pairs; {looked}"
 
 

@@ -292,8 +292,9 @@ def serve(store: Store, engine: Engine, *, host: str = "127.0.0.1", port: int = 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise InputError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); give others") from error
+    except (OSError, OverflowError) as error:  # the latter: no such port
+        why = getattr(error, "strerror", error)
+        raise InputError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     if not is_loopback(host):
         print(f"warning: --host {host} lets everyone who reaches this machine search and watch, without a password")
@@ -305,8 +306,11 @@ def serve(store: Store, engine: Engine, *, host: str = "127.0.0.1", port: int = 
                             timeout_graceful_shutdown=1)  # fmt: skip
     running = uvicorn.Server(config)
     # Ctrl-C cuts off whoever is still watching; uvicorn would report each of them with a traceback.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not running.should_exit)
+    log, until_then = logging.getLogger("uvicorn.error"), lambda record: not running.should_exit
+    log.addFilter(until_then)
     try:
         running.run(sockets=[listener])
     except KeyboardInterrupt:  # raised again by uvicorn when all is closed
         pass
+    finally:
+        log.removeFilter(until_then)
