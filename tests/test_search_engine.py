@@ -393,7 +393,7 @@ def test_like_a_picture(measured, index, embedder, monkeypatch):
     data = Path(frame_paths(split.frames_dir, split.videos[long], [split.picks[long][2]])[0]).read_bytes()
     [found] = [answer for answer in engine.like_picture(data, top=11) if name(answer) == split.videos[long]]
     weights = [seen.frame_weight for seen in found.frames]
-    assert weights[2] == max(weights) > 1.01 / len(weights) and found.rank <= 3
+    assert weights[2] == max(weights) > 1.01 / len(weights)
     huge = io.BytesIO()
     Image.new("1", (50, 50)).save(huge, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice that is refused
@@ -476,8 +476,9 @@ def test_a_changed_store_is_noticed(measured, embedder, tmp_path, monkeypatch):
     for copy in range(4):  # more than that: made again
         put(store, embedder, f"copy{copy}.mp4", frames[9], split.sentences[9])
     assert len(engine.search(QUERIES[:1], top=20)[0]) == 3 and len(made) == 2
-    (tmp_path / "i" / "stage_one_text.faiss").write_bytes(b"torn")
-    assert len(Engine(store, embedder, candidates=3).search(QUERIES[:1], top=20)[0]) == 3 and len(made) == 3
+    for count, ending in enumerate(("faiss", "npz"), 3):
+        (tmp_path / "i" / f"stage_one_text.{ending}").write_bytes(b"torn")
+        assert len(Engine(store, embedder, candidates=3).search(QUERIES[:1], top=20)[0]) == 3 and len(made) == count
     assert not list((tmp_path / "i").glob(".*stage_one*"))
 
 

@@ -117,13 +117,13 @@ def open_index(index: Path, settings: dict, embedder: Embedder) -> Store:
     store = Store(index)
     try:
         stored = store.settings
-        embedder.check(stored, index)
         for name in OURS:
             if stored.get(name) != settings[name]:
                 raise InputError(
                     f"{index} was made with {name} {stored.get(name)!r}, this run asks for {settings[name]!r}: give "
                     "the same flags, or another --out"
                 )
+        embedder.check(stored, index)
         if stored["videos"] != settings["videos"] and os.path.exists(stored["videos"]):
             raise InputError(
                 f"{index} is the index of {stored['videos']}, not of {settings['videos']}: give another --out"

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class StageOne:
             with np.load(windows) as kept:
                 whole = index.ntotal == kept["total"]
                 return cls(index, kept["ids"], kept["told"]) if whole else None
-        except (OSError, RuntimeError, ValueError, KeyError):
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
 
