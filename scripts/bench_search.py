@@ -2,14 +2,15 @@
 
   python scripts/bench_search.py --videos 1000
   python scripts/bench_search.py --videos 100000
-  python scripts/bench_search.py --videos 1000000 --queries 10          hours on one core, see docs/scaling.md
+  python scripts/bench_search.py --videos 1000000 --queries 20          half an hour and more
   python scripts/bench_search.py --index INDEX --queries_file test.jsonl    recall on a real index, features as they are
 
 Recall: the share of the exact best (1, and 10) windows that are among stage one's candidates. The exact ranking scores
 every video, block by block, with evaluation's own function. Nothing is held whole but stage one's index: a video's
 features are drawn from (seed, number) alone, whenever they are needed, and drawing is not timed.
 Timed for a query: stage one; reading the candidates' features, from an index of --stored windows on this disk, most of
-it in the page cache; stage two, their scores. Encoding the query is not in it (it does not grow).
+it in the page cache (without CLIP's own frames, a third of a real row); stage two, their scores. Encoding
+the query, which does not grow, is not in it.
 
 What is drawn, where there is no index. A direction in a space of RANK dimensions for each of TOPICS topics; a video has
 EVENTS events, each partly its topic's and partly its own; a frame is its event with a little noise, a sentence with

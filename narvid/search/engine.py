@@ -251,7 +251,7 @@ class Engine:
 
 def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: ViewStatistics) -> Tensor:
     """Eq. 11 (B, n) with given statistics; 2 z(S_qv) where `both` (B, n) says that the narration does not count."""
-    of_video, of_narration = statistics
+    of_video = statistics[0]
     alone = fusion.fuse(scores["video"], scores["video"], 1.0, (of_video, of_video))
     if not both.any():
         return alone
