@@ -389,7 +389,7 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         score = partial(match, **matching(args)) if args.method == "narvid" else plain(model).score
         with stage("matching"):
             similarity = {view: distributed.gather(s) for view, s in score(queries, videos).items()}
-        video_index = distributed.gather(batch.video.to(world.device))
+        video_index = distributed.gather(batch.video.to(world.device, non_blocking=True))
         with stage("loss"):
             parts = loss_parts(plain(model), similarity, scale, video_index, args)
         for name, value in parts.items():
@@ -410,7 +410,7 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
     with stage("optimiser"):
         scaler.unscale_(optimizer)
         norm = optim.clip_gradients(model.parameters(), args.max_grad_norm)
-        *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # where the CPU waits for the GPU, once
+        *values, norm = torch.stack([*totals.values(), norm.double()]).tolist()  # the CPU waits for the GPU
         stop_unless_finite(sum(values), f"the loss at {where}", batches, split, world)
         if not scaler.is_enabled():  # a scaler skips such a step and halves its scale
             stop_unless_finite(norm, f"the gradient at {where}", batches, split, world)

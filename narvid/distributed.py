@@ -63,9 +63,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @stage("communication")
     def forward(ctx, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
+        ctx.rows, x = len(x), x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
@@ -154,7 +154,7 @@ def barrier(world: World) -> None:
 
 @stage("communication")
 def _all_gather(x: Tensor) -> list[Tensor]:
-    as_bytes = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+    as_bytes = (x.to(torch.uint8) if x.dtype == torch.bool else x).contiguous()
     parts = [torch.empty_like(as_bytes) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, as_bytes)
     return [part.to(x.dtype) for part in parts]

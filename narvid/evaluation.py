@@ -75,9 +75,8 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
     for rows in tqdm(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
                      disable=world.rank > 0):
         encoded = _encode_queries(model, tokens[rows], word_mask[rows], encoding, world)
-        with encoding.autocast():
-            for view, part in encoding.score(encoded, videos, block=block).items():
-                scores[view][rows] = part.float().cpu()
+        for view, part in encoding.score(encoded, videos, block=block).items():  # in fp32, as in training
+            scores[view][rows] = part.float().cpu()
     finite = all(part.isfinite().all() for part in scores.values())
     error = None if finite else ("the scores are not finite, the weights have diverged: lower the learning rates, or "
                                  "evaluate an earlier checkpoint")

@@ -48,5 +48,7 @@ def backward_in_parts(encode: Callable, loss_of: Callable, batch: Batch, size: i
             of_queries, of_videos, of_scale = encode_part(k)
             pairs = [(x, whole.grad.split(size)[k]) for x, whole in zip([*of_queries, *of_videos], [*queries, *videos])
                      if x is not None and x.requires_grad and whole.grad is not None]
-            with stage("backward"):
-                torch.autograd.backward(*zip(*pairs, *([(of_scale, scale.grad)] if last else [])))
+            pairs += [(of_scale, scale.grad)] if last else []
+            if pairs:  # none where only the logit scale is trained
+                with stage("backward"):
+                    torch.autograd.backward(*zip(*pairs))

@@ -184,7 +184,7 @@ def largest_batch(bench: Bench, **settings) -> int:
     """The most videos of a step that the GPU's memory holds: doubling, then bisecting down to a 16th."""
     def fits(videos: int) -> bool:
         try:
-            bench.step(make_batch(videos, bench.frames, bench.side), **settings)
+            not_compiled(partial(bench.step, make_batch(videos, bench.frames, bench.side), **settings))
             fitted = True
         except torch.OutOfMemoryError:
             fitted = False

@@ -3,10 +3,10 @@
 Where everything is float64 and nothing is random, "equal" means to 1e-9; the requirement is 1e-5. N items, W processes.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,7 @@ VARIANTS = {"hinge": ["--exclude_same_video"],
             "accumulated": ["--exclude_same_video", "--gradient_accumulation_steps", 2, "--grad_checkpointing"],
             "baseline": ["--modules"],
             "tightTransf": ["--method", "clip4clip", "--head", "tightTransf", "--batch_size", 8],
+            "scale alone": ["--method", "clip4clip", "--head", "meanP", "--freeze_towers"],
             "clip2video": ["--method", "clip2video", "--exclude_same_video"]}
 
 
@@ -90,7 +91,7 @@ def test_loss_and_every_gradient_equal_those_of_one_process(alone, tmp_path, wor
             torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("variant", ["hinge", "nce", "baseline", "clip2video"])
+@pytest.mark.parametrize("variant", ["hinge", "nce", "baseline", "scale alone", "clip2video"])
 def test_encoding_in_parts_gives_the_gradient_of_the_whole_batch(alone, tmp_path, variant):
     """--micro_batch: the negatives stay those of the whole batch, whatever the parts (16 = 5 + 5 + 5 + 1)."""
     argv, expected = alone[variant]
@@ -149,10 +150,11 @@ def check_scores_of_few_queries():
     videos = Videos(torch.arange(1.0, 6)[mine.start:mine.stop, None, None], None, None, None)
 
     def score(queries, videos, block):
+        assert not torch.is_autocast_enabled("cpu")  # the towers' number format is not that of scores
         assert len(queries.eos) == 2 and queries.words.shape[1] == 5
         return {"video": queries.eos @ videos.frames[:, 0].T}
 
-    encoding = Encoding(32, 20, 6, 4, 0, contextlib.nullcontext, score, ("video",))
+    encoding = Encoding(32, 20, 6, 4, 0, partial(torch.autocast, "cpu", torch.bfloat16), score, ("video",))
     scores = score_queries(LengthModel(), ["a red boat", "boat"], videos, encoding, world)
     expected = torch.tensor([[5.0], [3.0]]) * torch.arange(1.0, 6)
     assert torch.equal(scores["video"], expected) if world.rank == 0 else scores == {}
