@@ -140,7 +140,7 @@ def test_a_table_is_read_by_people_and_a_file_holds_many_queries(index, demo, ca
     assert lines[0] == QUERY and lines[1].split() == ["rank", "file", "time", "S_qv", "S_qn", "fused"]
     assert re.fullmatch(r" +1  (more/)?video\d\.mp4 +0:0[02]-0:0[68] +-?\d\.\d{3} +-?\d\.\d{3} +-?\d+\.\d\d", lines[2])
     assert re.match(r" +frames 0:0\d \d+%", lines[3]) and re.match(r" +0:0\d +\d+%  \w+", lines[4])
-    (tmp_path / "queries.txt").write_text(f"{QUERY}\n\n  a square  \n")
+    (tmp_path / "queries.txt").write_text(f"\ufeff{QUERY}\n\n  a square  \n", encoding="utf-8")
     assert [line["query"] for line in ask(capsys, index, "--queries", tmp_path / "queries.txt")] == [QUERY, "a square"]
     [like] = ask(capsys, index, "--clip", demo / "videos" / "video1.mp4", "--top", 1)
     assert like["answers"][0]["path"] == "video1.mp4" and like["answers"][0]["start"] == 0
@@ -150,7 +150,7 @@ def test_again_only_what_is_new(index, demo, run, capsys):
     again = ["index", str(demo / "videos"), "--out", str(index), "--checkpoint", str(run), "--narrations",
              str(demo / "narrations.jsonl"), "--window", "6"]
     main(again)
-    assert "0 files added, 0 changed, 0 removed, 5 as before, 1 could not be read" in capsys.readouterr().out
+    assert "0 files new, 0 changed, 0 removed, 5 as before, 1 of all could not be read" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*window 6.0, this run asks for 9.0"):
         main([*again[:-1], "9"])
 
@@ -163,10 +163,12 @@ def test_mistakes_are_one_sentence(index, demo, run, tmp_path):
         ("query", index, " "): "the sentence is empty",
         ("query", index, "--queries", tmp_path / "empty.txt"): "empty.txt holds no query",
         ("query", index, "--picture", tmp_path / "none.png"): r"--picture .*none.png cannot be read \(No such file",
-        ("query", index, "--picture", tmp_path / "empty.txt"): "the picture cannot be read",
+        ("query", index, "--picture", tmp_path / "empty.txt"): "--picture .*empty.txt: the picture cannot be read",
         ("query", tmp_path, "x"): "is no index",
         ("query", index, "x", "--checkpoint", tmp_path / "none.pt"): "none.pt: the index's model is not there",
         ("query", index, "x", "--top", "0"): "--top",
+        ("query", index, "x", "--folder", "mroe"): "--folder mroe: no indexed video lies there",
+        ("query", index, "x", "--min_seconds", "9", "--max_seconds", "1"): "--min_seconds 9 is more than",
         ("serve", tmp_path / "none"): "is no index",
         ("index", demo, "--out", tmp_path / "i", "--server", "http://localhost"): "--server and --model go together",
         ("index", demo, "--out", tmp_path / "i", "--prompt", "A"): "--prompt is the captioner's",
@@ -188,8 +190,8 @@ def test_real_clips_are_indexed_and_found(run, capsys, tmp_path):
     main(["index", str(tmp_path / "videos"), "--out", str(tmp_path / "index"), "--checkpoint", str(run),
           "--window", "12"])
     printed = capsys.readouterr().out
-    assert f"{len(found)} files added" in printed and "frames alone are searched" in printed
-    failed = int(re.search(r"(\d+) could not be read", printed)[1])
+    assert f"{len(found)} files new" in printed and "frames alone are searched" in printed
+    failed = int(re.search(r"(\d+) of all could not be read", printed)[1])
     [asked] = ask(capsys, tmp_path / "index", "a man is talking", "--top", 100)
     named = {answer["path"] for answer in asked["answers"]}
     assert len(named) == len(found) - failed and named <= {path.name for path in found}

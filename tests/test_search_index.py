@@ -306,6 +306,20 @@ def test_a_kill_in_a_transaction_loses_that_file_and_nothing_else(tmp_path):
         assert store.count() == 6
 
 
+def test_an_index_replaced_behind_an_open_store_is_not_mixed_with_it(tmp_path):
+    for name in ("one", "two"):
+        with Store(tmp_path / name, create={"videos": name}) as store:
+            put(store, "a.mp4")
+    with Store(tmp_path / "one", read_only=True) as store:
+        assert store.settings["videos"] == "one"
+        (tmp_path / "one").rename(tmp_path / "old")
+        with pytest.raises(InputError, match="deleted or replaced"):
+            store.count()
+        (tmp_path / "two").rename(tmp_path / "one")
+        with pytest.raises(InputError, match="deleted or replaced"):
+            store.files()
+
+
 def test_what_is_no_index_is_said_in_a_sentence(tmp_path):
     def refuses(match, path=tmp_path / "i", **how):
         with pytest.raises(InputError, match=match) as caught, Store(path, **how) as store:
@@ -385,6 +399,7 @@ def test_which_files_of_a_folder(tmp_path):
     (root / "sub" / "up.mp4").symlink_to("../../outside/secret.mp4")
     (root / "sub" / "round").symlink_to(root)
     (root / "gone.mp4").symlink_to(root / "nothing.mp4")
+    (root / "loop.mp4").symlink_to("loop.mp4")
     (root / "inside.mp4").symlink_to("sub/B.MKV")
     os.mkfifo(root / "pipe.mp4")
     (root / "folder.mp4").mkdir()

@@ -98,6 +98,8 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
         asked = [name for name in ("text", "queries", "picture", "clip") if getattr(args, name) is not None]
         if len(asked) != 1:
             parser.error('give one of "a sentence", --queries, --picture and --clip')
+        if args.min_seconds > args.max_seconds:
+            parser.error(f"--min_seconds {args.min_seconds:g} is more than --max_seconds {args.max_seconds:g}")
         if args.text is not None and not args.text.strip():
             parser.error("the sentence is empty: say what to look for")
 
@@ -121,8 +123,8 @@ def index_videos(args: argparse.Namespace) -> None:
     report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
                     window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
                     workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    print(f"{report.added} files added, {report.changed} changed, {report.removed} removed, {report.unchanged} as "
-          f"before, {report.failed} could not be read; {args.out} holds {report.windows} windows")
+    print(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.unchanged} as "
+          f"before, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
     print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
           f"{args.out}")
 
@@ -134,9 +136,15 @@ def query_index(args: argparse.Namespace) -> None:
     with Store(args.index, read_only=True) as store:
         if not store.count():
             raise InputError(f"{args.index}: nothing is indexed yet; fill it with `python -m narvid.search index`")
+        if args.folder and not len(store.all_windows(args.folder)):
+            raise InputError(f"--folder {args.folder}: no indexed video lies there; give a folder below "
+                             f"{store.settings['videos']}, relative to it")
         engine = open_engine(store, args.checkpoint)
         if picture is not None:
-            found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
+            try:
+                found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
+            except InputError as error:
+                raise InputError(f"--picture {args.picture}: {error}") from error
         elif args.clip:
             found = [({"clip": str(args.clip)}, engine.like_clip(args.clip, **same))]
         else:
@@ -183,10 +191,11 @@ def read_queries(name: str) -> list[str]:
     """One query a line, blank lines left out; "-" is the standard input."""
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = text.removeprefix("\ufeff")  # some editors put it there
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name} cannot be read ({error}): give a UTF-8 file of one query a line") from error
     if not (queries := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise InputError(f"{name} holds no query: write one a line")
+        raise InputError(f"{'the standard input' if name == '-' else name} holds no query: write one a line")
     return queries
 
 
@@ -223,12 +232,17 @@ def table(asked: str, answers: Iterable[Answer]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command narvid-search; a mistake ends it with one sentence and exit status 1."""
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know all that a file name may hold
     try:
         {"index": index_videos, "query": query_index, "serve": serve_index}[args.command](args)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except BrokenPipeError:  # `query ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end complains
+        sys.exit(1)
 
 
 if __name__ == "__main__":

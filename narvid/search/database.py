@@ -40,7 +40,7 @@ class Database:
 
     def __init__(self, folder: Path, *, create: Callable | None = None, read_only: bool = False):
         self.path, self._file, self._read_only = folder, folder / NAME, read_only
-        self._local, self._connections, self._lock = threading.local(), WeakSet(), None
+        self._local, self._connections, self._lock, self._known = threading.local(), WeakSet(), None, None
         if create is None and not os.path.isfile(self._file):
             make = f"python -m narvid.search index VIDEOS --out {folder}"
             raise InputError(f"{folder} is no index, it holds no {NAME}: make one with `{make}`")
@@ -145,6 +145,10 @@ class Database:
     @property
     def _connection(self) -> sqlite3.Connection:
         """This thread's connection."""
+        now = _identity(self._file)
+        self._known = self._known or now
+        if now != self._known:
+            raise InputError(f"{self._file} was deleted or replaced since it was opened: start again")
         if not hasattr(self._local, "connection"):
             # Not mode=ro: a reader must be able to undo what a killed writer left half written; where it may not
             # write, SQLite opens the file for reading by itself. Only close() comes from another thread.
@@ -174,3 +178,12 @@ class Database:
                 if sign in str(error):
                     raise InputError(sentence) from error
             raise InputError(f"{self._file} is damaged ({error}): delete {self.path} and index again") from error
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file lies under this name; None: none, or none that may be looked at."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -57,20 +57,21 @@ def find_videos(folder: Path, skip: Path) -> dict[str, tuple[int, int]]:
     """
     if not os.path.isdir(folder):  # False, too, where a folder above may not be read
         raise InputError(f"{folder} is no folder that can be read: give the one that holds your videos")
-    root, skip, found = folder.resolve(), skip.resolve(), {}
+    root, skip, found = folder.resolve(), Path(os.path.realpath(skip)), {}
     for parent, folders, names in os.walk(root, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != skip]
         for name in names:
             path = Path(parent, name)
             if path.suffix.lower() not in SUFFIXES or name.startswith("."):
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                continue
             status = _status(path)
-            if status and stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            if not status or (path.is_symlink() and not path.resolve().is_relative_to(root)):
+                continue
+            if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 found[path.relative_to(root).as_posix()] = (status.st_size, status.st_mtime_ns)
     if not found:
-        raise InputError(f"no video in {folder}: no file ends in one of {' '.join(SUFFIXES)}")
+        raise InputError(f"no video in {folder}: no file ends in one of {' '.join(SUFFIXES)} (links to "
+                         "folders, or out of this one, are passed over)")
     return dict(sorted(found.items(), key=lambda item: os.fsencode(item[0])))
 
 

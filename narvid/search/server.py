@@ -93,7 +93,7 @@ def _whole(text: str) -> int | None:
 def _id(request: Request, name: str) -> int:
     number = _whole(request.path_params[name])
     if number is None:
-        raise HTTPException(404, f"{request.path_params[name][:40]!r} is no {name}'s number")
+        raise HTTPException(404, f"{request.path_params[name][:40]!r} is no number of a {name}")
     return number
 
 
@@ -177,7 +177,7 @@ class Site:
         return Json(await asyncio.get_running_loop().run_in_executor(self.searching, run))
 
     async def frame(self, request: Request) -> Response:
-        file, number = _id(request, "file"), _id(request, "number")
+        file, number = _id(request, "file"), _id(request, "frame")
         try:
             return Response(await self._read(self.store.jpeg, file, number), media_type="image/jpeg")
         except KeyError:
@@ -275,7 +275,7 @@ def create_app(store: Store, engine: Engine, hosts: tuple[str, ...] = names_of("
         Route("/api/search", site.search),
         Route("/api/like", site.like),
         Route("/api/picture", site.picture, methods=["POST"]),
-        Route("/frame/{file}/{number}.jpg", site.frame),
+        Route("/frame/{file}/{frame}.jpg", site.frame),
         Route("/clip/{file}", site.clip),
     ]
     handlers = {
