@@ -56,7 +56,7 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Name
         with encoding.autocast():
             parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
                                              batch.narration_mask))
-    return _cat(parts)
+    return concatenate(parts)
 
 
 @torch.no_grad()
@@ -91,12 +91,12 @@ def _encode_queries(model, tokens: Tensor, word_mask: Tensor, encoding: Encoding
     mine = share(len(tokens), world)
     rows = torch.arange(mine.start, mine.stop) if mine else torch.zeros(1, dtype=torch.long)  # no tower takes nothing
     with encoding.autocast():
-        encoded = _cat([model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
-                        for some in rows.split(encoding.batch_size)])
+        encoded = concatenate([model.encode_queries(*(x[some, :length].to(world.device) for x in (tokens, word_mask)))
+                               for some in rows.split(encoding.batch_size)])
     return type(encoded)(*(None if x is None else collect(x[:len(mine)], len(tokens), world) for x in encoded))
 
 
-def _cat(parts: list[NamedTuple]) -> NamedTuple:
+def concatenate(parts: list[NamedTuple]) -> NamedTuple:
     """Features of batches -> those of all, field by field."""
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
 

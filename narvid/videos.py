@@ -1,15 +1,20 @@
 """Video files: decoding one at chosen times, and writing one again as a small mp4 (PyAV).
 
 Here: which decoded frame is on screen when, damaged files, colours and rotation. Not here: frame folders and what
-training reads (frames.py), which files and worker processes (scripts/extract_frames.py). Training never imports this.
+training reads (frames.py), which files, the pool of workers (scripts/extract_frames.py,
+search/reading.py). Training never imports this.
 
 Shapes: H, W height and width of a picture.
 """
 
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from time import sleep
 
 import av
 import numpy as np
@@ -17,6 +22,11 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from narvid import InputError
 
+SUFFIXES = (  # of what is taken for a video file
+    ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
+)  # fmt: skip
+SHORT_SIDE, QUALITY = 256, 95  # of the frames that are kept as jpgs, where nothing else is said
 CLOCK_TOLERANCE = 6e-4  # seconds; containers that count in milliseconds round a frame's time by up to half of one
 BT601, LIMITED = 6, 1  # FFmpeg's numbers for the colours that every reader assumes where a file names none
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # older reformatters never use more
@@ -84,6 +94,21 @@ def compress_video(
                 container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return count
+
+
+def start_worker() -> None:
+    """Begin a process that decodes for another: it leaves Ctrl-C to its parent and ends with it, also when the parent
+    is killed and cannot tell.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _at_rate(path, fps, max_seconds, notes):

@@ -17,10 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -36,12 +33,9 @@ from tqdm import tqdm
 from narvid import InputError
 from narvid.flags import Parser, positive, positive_float
 from narvid.frames import INDEX_NAME, frame_path, parse_index_line
-from narvid.videos import compress_video, decode_video
+from narvid.videos import QUALITY, SHORT_SIDE, compress_video, decode_video, start_worker
+from narvid.videos import SUFFIXES as EXTENSIONS
 
-EXTENSIONS = (
-    ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
-    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
-)  # fmt: skip
 FAILED_NAME = "failed.jsonl"
 SMALL_INDEX_NAME = "videos.jsonl"  # of --compress; not frames.INDEX_NAME, so that neither is taken for the other
 UNFINISHED = ".unfinished"  # folder inside --out; a hidden name is never a video's
@@ -77,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--compress takes --fps and --crf; --num_frames and --quality are for jpgs")
     if args.crf is not None and not args.compress:
         parser.error("--crf is the quality of --compress; that of jpgs is --quality")
-    defaults = {"fps": 1.0, "short_side": 256, "quality": 95}
+    defaults = {"fps": 1.0, "short_side": SHORT_SIDE, "quality": QUALITY}
     if args.compress:
         defaults = {"fps": 3.0, "short_side": 224, "crf": 18}
     elif args.num_frames:
@@ -225,19 +219,6 @@ def write_small(job: Job, notes: list[str]) -> dict:
     os.replace(path, job.out / path.name)
     temporary.rmdir()
     return made
-
-
-def start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent and ends with it, also when the parent is killed and cannot tell."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of one of the three commands."""
     parser = Parser(prog="narvid-search", description="Search your own videos.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="index | query | serve")
 
@@ -108,6 +109,7 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
 
 
 def index_videos(args: argparse.Namespace) -> None:
+    """Make an index of a folder of videos, or bring it up to date."""
     from narvid.search.build import WINDOW, update
     from narvid.search.embedding import Embedder
 
@@ -130,6 +132,7 @@ def index_videos(args: argparse.Namespace) -> None:
 
 
 def query_index(args: argparse.Namespace) -> None:
+    """Print the answers to one query or many."""
     same = {name: getattr(args, name) for name in ("top", "folder", "min_seconds", "max_seconds", "exact")}
     texts = read_queries(args.queries) if args.queries else [args.text]
     picture = read_bytes(args.picture) if args.picture else None
@@ -158,6 +161,7 @@ def query_index(args: argparse.Namespace) -> None:
 
 
 def serve_index(args: argparse.Namespace) -> None:
+    """Show the page until it is stopped."""
     from narvid.search import server
 
     with Store(args.index, read_only=True) as store:
@@ -200,6 +204,7 @@ def read_queries(name: str) -> list[str]:
 
 
 def read_bytes(path: Path) -> bytes:
+    """A picture file, whole."""
     try:
         return path.read_bytes()
     except OSError as error:

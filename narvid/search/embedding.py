@@ -22,7 +22,7 @@ from .. import InputError, distributed
 from ..baselines import clip4clip, zeroshot
 from ..baselines.clip4clip import mean_pool
 from ..datasets import Item, Split, collate, tokenize
-from ..evaluation import Encoding
+from ..evaluation import Encoding, concatenate
 from ..model import Queries, Videos, place_frames
 from ..run_dir import load_checkpoint
 from ..similarity import filter_weights, match
@@ -122,7 +122,7 @@ class Embedder:
         """Texts -> the method's features of B queries (NarVid: Queries)."""
         tokens, word_mask = (x.to(self.device) for x in tokenize(texts, self.encoding.max_words))
         with self.encoding.autocast():
-            return _joined([self.model.encode_queries(t, m) for t, m in zip(
+            return concatenate([self.model.encode_queries(t, m) for t, m in zip(
                 tokens.split(self.encoding.batch_size), word_mask.split(self.encoding.batch_size))])
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Embedder:
                 _, _, _, _, *inputs = batch.to(self.device)
                 with self.encoding.autocast():
                     parts.append(self.model.encode_videos(*inputs))
-        videos = _joined(parts)
+        videos = concatenate(parts)
         if not isinstance(videos, Videos):
             return videos
         look = place_frames(torch.cat(seen), videos.mask)
@@ -281,11 +281,6 @@ def weights_digest(model: torch.nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _joined(parts: list[NamedTuple]) -> NamedTuple:
-    """Batches of features, one below the other."""
-    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
 
 
 def _of_many_frames(queries: dict[str, Queries]) -> bool:

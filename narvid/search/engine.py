@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from .. import InputError, fusion
-from ..frames import pick_frames, read_frames
+from ..frames import read_frames
 from .embedding import AnyQueries, Embedder, ViewStatistics
-from .reading import cut, frames_between, read_video
+from .reading import read_video, windows_of
 from .stage_one import TRAINING, StageOne
 from .store import Store, Window
 
@@ -121,9 +121,7 @@ class Engine:
         """Windows that look like the first window of a video file; InputError names a file that cannot be read."""
         settings = self.store.settings
         clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
-        start, end = cut(clip.seconds, settings["window"], settings["fps"])[0]
-        shown = frames_between(clip.times, start, end if end < clip.seconds else inf, settings["fps"])
-        picked = [shown[i] for i in pick_frames(len(shown), self.embedder.max_frames)]
+        _, _, picked = windows_of(clip, settings["window"], settings["fps"], self.embedder.max_frames)[0]
         frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.image_size)
         return self._like(self.embedder.videos([frames]), **same)
 

@@ -7,10 +7,7 @@ Frames are those that scripts/extract_frames.py writes: decode_video's, as jpgs 
 """
 
 import os
-import signal
 import stat
-import threading
-import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +24,7 @@ from PIL import Image
 
 from narvid import InputError
 from narvid.frames import pick_frames
-from narvid.videos import decode_video
-
-SUFFIXES = (
-    ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
-    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
-)  # fmt: skip
-SHORT_SIDE, QUALITY = 256, 95  # pixels; of the jpgs
+from narvid.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, start_worker
 
 
 class Clip(NamedTuple):
@@ -187,7 +178,7 @@ def _answer(read: Callable, path: str):
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: the parent has threads, which a fork must not copy, and perhaps a GPU
-    return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    return ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
 
 
 def _submit(pool: ProcessPoolExecutor, read: Callable, path: str) -> Future:
@@ -205,16 +196,3 @@ def _alone(read: Callable, path: str):
             return _submit(pool, read, path).result()
         except BrokenProcessPool:
             return InputError(f"{path}: the process that read it died (a decoder crash, or no memory left)")
-
-
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent and ends with it, also when the parent is killed and cannot tell."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
