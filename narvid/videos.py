@@ -29,7 +29,9 @@ SUFFIXES = (  # of what is taken for a video file
 SHORT_SIDE, QUALITY = 256, 95  # of the frames that are kept as jpgs, where nothing else is said
 CLOCK_TOLERANCE = 6e-4  # seconds; containers that count in milliseconds round a frame's time by up to half of one
 BT601, LIMITED = 6, 1  # FFmpeg's numbers for the colours that every reader assumes where a file names none
-ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # older reformatters never use more
+AV_RELEASE = int(av.__version__.split(".")[0])
+ONE_THREAD = {"threads": 1} if AV_RELEASE >= 17 else {}  # older reformatters never use more
+ANY_TITLE = {"metadata_errors": "replace"} if AV_RELEASE < 19 else {}  # not UTF-8 in old files; av 19 reads them all
 
 
 def decode_video(
@@ -168,11 +170,16 @@ def _timed(path, max_seconds, notes):
         yield time, min(end, max_seconds), frame
 
 
+def open_container(path):
+    """The av container of a video file, to read from; av.FFmpegError or OSError where the file is none."""
+    # the prefix keeps a colon in the name from being read as a protocol
+    return av.open(f"file:{path}", **ANY_TITLE)
+
+
 def _open_video(path):
     """The open container and its first video stream (a cover picture is none); InputError names what is no video."""
     try:
-        # the prefix keeps a colon in the name from being read as a protocol; old files carry titles that are not UTF-8
-        container = av.open(f"file:{path}", metadata_errors="replace")
+        container = open_container(path)
     except (av.FFmpegError, OSError) as e:
         raise InputError(f"{path} cannot be opened as a video ({e.strerror}): fetch it again or leave it out") from e
     for stream in container.streams.video:

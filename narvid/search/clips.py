@@ -14,7 +14,7 @@ import av
 
 from narvid import InputError
 from narvid.search.store import File
-from narvid.videos import compress_video
+from narvid.videos import compress_video, open_container
 
 MADE_CLIP = {"fps": 15.0, "short_side": 360, "crf": 23, "max_seconds": 7200.0}  # of what browsers cannot play
 PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, media type); 4:2:0 of 8 bits alone
@@ -27,7 +27,7 @@ PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, media type); 4
 def playable_as(path: Path, size: int, mtime_ns: int) -> str | None:
     """The media type as which every current browser plays this file, None if it may not; cached for that very file."""
     try:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with open_container(path) as container:
             endings, codecs, media_type = PLAYABLE.get(container.format.name, ((), (), None))
             codec = container.streams.video[0].codec_context
             plays = codec.name in codecs and codec.pix_fmt in ("yuv420p", "yuvj420p")

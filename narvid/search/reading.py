@@ -19,12 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 from PIL import Image
 
 from narvid import InputError
 from narvid.frames import pick_frames
-from narvid.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, start_worker
+from narvid.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, open_container, start_worker
 
 
 class Clip(NamedTuple):
@@ -96,7 +95,7 @@ def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SI
 
 def _announced_seconds(path: str | Path) -> float:
     """The length that a video file announces, or 0."""
-    with av.open(f"file:{path}", metadata_errors="replace") as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
         if stream.duration:
             return float(stream.duration * stream.time_base)
