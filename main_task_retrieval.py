@@ -19,26 +19,29 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from narvid import InputError, clip, distributed, losses, optim
-from narvid.baselines.cap4video import Cap4Video
-from narvid.baselines.clip2video import CLIP2Video
-from narvid.baselines.clip4clip import CLIP4Clip
-from narvid.baselines.internvideo import InternVideo
-from narvid.baselines.zeroshot import ZeroShot
-from narvid.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
+from narvid import InputError, distributed, losses
+from narvid import towers as towers_module
+from narvid.towers import ClipConfig, load_clip, load_weights
+from narvid.run import optim
+from narvid.methods.cap4video import Cap4Video
+from narvid.methods.clip2video import CLIP2Video
+from narvid.methods.clip4clip import CLIP4Clip
+from narvid.methods.internvideo import InternVideo
+from narvid.methods.zeroshot import ZeroShot
+from narvid.data.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, read_queries
 from narvid.evaluation import (Encoding, combine, encode_videos, frames_kept, score_queries, selection_score, show,
                                table_of_matrices, with_dsl, with_qb_norm)
-from narvid.feature_cache import with_features
+from narvid.run.feature_cache import with_features
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
-from narvid.frames import load_frame_index
-from narvid.gradient_cache import backward_in_parts
+from narvid.data.frames import load_frame_index
+from narvid.run.gradient_cache import backward_in_parts
 from narvid.metrics import text_to_video_ranks
 from narvid.model import MODULES, NarVid, NarVidConfig
-from narvid.narrations import load_narrations
+from narvid.data.narrations import load_narrations
 from narvid.profiling import Profile, all_reduce, stage
-from narvid.run_dir import RunDir, load_checkpoint
+from narvid.run.run_dir import RunDir, load_checkpoint
 from narvid.similarity import match
-from narvid.titles import load_titles, with_titles
+from narvid.data.titles import load_titles, with_titles
 
 METHODS = {"narvid": NarVid, "clip4clip": CLIP4Clip, "clip2video": CLIP2Video, "cap4video": Cap4Video,
            "zeroshot": ZeroShot, "internvideo": InternVideo}
@@ -227,7 +230,7 @@ def checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *,
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipConfig]:
+def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, ClipConfig]:
     """The method with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones."""
     try:
         stored = load_checkpoint(args.checkpoint) if args.checkpoint else {}
@@ -243,7 +246,7 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         else:
             model = METHODS[args.method](towers, clip_config, **flags_of_method(args))
         if is_ours(stored):
-            clip.load_weights(model, stored["model"], source=args.checkpoint)
+            load_weights(model, stored["model"], source=args.checkpoint)
         elif stored and not hasattr(model, "load_release"):
             raise InputError(f"{args.checkpoint}: no checkpoint of a run here, and {args.method} has no released form; "
                              "name a run's best.pt")
@@ -263,11 +266,11 @@ def build_model(args: argparse.Namespace) -> tuple[torch.nn.Module, clip.ClipCon
         optim.freeze(towers, args.freeze_layers)
     towers.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile:
-        clip.compile_blocks(towers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        towers_module.compile_blocks(towers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return model, clip_config
 
 
-def build_towers(args: argparse.Namespace, stored: dict) -> tuple[torch.nn.Module, clip.ClipConfig]:
+def build_towers(args: argparse.Namespace, stored: dict) -> tuple[torch.nn.Module, ClipConfig]:
     """CLIP's towers, of the size that the checkpoint or --clip_model says, with CLIP's weights where they count."""
     half = args.recipe == "reported"
     if is_ours(stored):
@@ -276,15 +279,15 @@ def build_towers(args: argparse.Namespace, stored: dict) -> tuple[torch.nn.Modul
             if getattr(args, flag) != value:
                 raise InputError(f"{args.checkpoint}: a checkpoint of another model, --{flag} {value}, not "
                                  f"{getattr(args, flag)}")
-        clip_config = clip.ClipConfig(**stored["clip_config"])
-        return clip.build_towers(clip_config, half=half), clip_config
+        clip_config = ClipConfig(**stored["clip_config"])
+        return towers_module.build_towers(clip_config, half=half), clip_config
     merged = getattr(args, "merge_clip", 0)  # InternVideo averages its release with CLIP's weights
     if merged and not (stored and args.clip_pretrained):
         raise InputError("--merge_clip averages a released --checkpoint with CLIP's weights: give both --checkpoint "
                          "and --clip_pretrained")
     quick_gelu = True if stored else args.quick_gelu  # released checkpoints descend from OpenAI's weights
     pretrained = None if stored and not merged else args.clip_pretrained
-    return clip.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
+    return load_clip(args.clip_model, pretrained, quick_gelu, half=half)
 
 
 def is_ours(stored: dict) -> bool:
@@ -449,7 +452,7 @@ def plain(model) -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def encoding_of(model, args: argparse.Namespace, clip_config: clip.ClipConfig, world) -> Encoding:
+def encoding_of(model, args: argparse.Namespace, clip_config: ClipConfig, world) -> Encoding:
     """What the flags say about turning a split into features and scores."""
     if args.method == "narvid":
         score, views = partial(match, **matching(args)), ("video", "narration") if uses_narration(args) else ("video",)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import InputError
-from .profiling import stage
+from narvid import InputError
+from narvid.profiling import stage
 
 
 class World(NamedTuple):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import InputError, fusion
-from .datasets import FrameDataset, Split, collate, make_loader, tokenize
-from .distributed import World, agree, collect, join_columns, share, total
-from .metrics import retrieval_metrics
-from .model import Videos
-from .similarity import filter_weights
+from narvid import InputError, fusion
+from narvid.data.datasets import FrameDataset, Split, collate, make_loader, tokenize
+from narvid.distributed import World, agree, collect, join_columns, share, total
+from narvid.metrics import retrieval_metrics
+from narvid.model import Videos
+from narvid.similarity import filter_weights
 
 
 class Encoding(NamedTuple):

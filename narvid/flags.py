@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
 import yaml
+
+from narvid import InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,3 +104,13 @@ def as_argv(values: dict, path: str, parser: argparse.ArgumentParser) -> list[st
         else:
             argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return argv
+
+
+def command(main: Callable[[], object]) -> None:
+    """Run a command's main; a user's mistake, or a file system's refusal, ends it in one sentence with status 1."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")

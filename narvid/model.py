@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip import encode_frames, encode_text, load_released_towers, load_weights
+from narvid.towers import encode_frames, encode_text, load_released_towers, load_weights
 
 MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-modal interaction, filtering, hard negatives
 

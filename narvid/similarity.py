@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import Queries, Videos
+from narvid.model import Queries, Videos
 
 
 def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,

@@ -28,8 +28,8 @@ import main_task_retrieval as trainer
 from narvid import InputError
 from narvid.flags import count, positive
 from narvid.metrics import paired_bootstrap
-from narvid.run_dir import RunDir, load_checkpoint
-from scripts.compare_runs import read_ranks, read_side, spread
+from narvid.run.run_dir import RunDir, load_checkpoint
+from narvid.report.comparison import read_ranks, read_side, spread
 
 MODULES = {name: ["--modules", *trainer.MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
 ROWS = MODULES | {  # run -> its flags beyond the preset, which switches all four modules on

@@ -8,7 +8,7 @@ the field's code runs, and with one. Ours: decode_video, once from beginning to 
 with the same jpg writer, taken in turns; medians over the repeats. Times are CPU time: what counts when every core
 extracts, whatever else the machine does. Before that the pictures are compared in full size, each with the other way's
 at the same second. Last, scripts/extract_frames.py with all its workers and their start, in real time.
-Here: making clips, the field's loop, timing. Not here: our decoder (narvid/videos.py).
+Here: making clips, the field's loop, timing. Not here: our decoder (narvid/data/videos.py).
 """
 
 import argparse
@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import av
 import cv2
 import numpy as np
-from extract_frames import find_videos, usable_cores
+from narvid.data.extraction import find_videos, usable_cores
 from PIL import Image
 from tqdm import tqdm
 
 from narvid import InputError
 from narvid.flags import Parser, positive
-from narvid.videos import CLOCK_TOLERANCE, decode_video
+from narvid.data.videos import CLOCK_TOLERANCE, decode_video
 
 SHORT_SIDE, QUALITY, RATE = 224, 95, 30  # pixels, of the jpgs, frames per second of the clips made here
 COPIES = 4  # of every clip, for the whole script

@@ -10,7 +10,7 @@ machine hardly matter; "cold" counts the clock, the files' pages having been dro
 inodes stay in memory, which no program can drop for itself). The fake corpus has small pictures: it counts files.
 --epoch goes through all its pairs with decoded frames in shared memory, so that it takes minutes. Needs Linux.
 
-Here: measuring. Not here: the reading itself (narvid/frames.py, narvid/datasets.py).
+Here: measuring. Not here: the reading itself (narvid/data/frames.py, narvid/data/datasets.py).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.datasets import FrameDataset, PairSampler, Split, collate, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, PairSampler, Split, collate, make_loader, tokenize
 from narvid.distributed import World
 from narvid.flags import count, positive
-from narvid.frames import frame_paths, load_frame_index, read_frames
-from narvid.narrations import load_narrations
+from narvid.data.frames import frame_paths, load_frame_index, read_frames
+from narvid.data.narrations import load_narrations
 
 K = 12  # frames read together: those of a video
 REFERENCE = "PIL + torchvision, to floats"

@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import main_task_retrieval as trainer
-from narvid import InputError, distributed, optim
+from narvid import InputError, distributed
+from narvid.run import optim
 from narvid.flags import Parser, positive
 from scripts import cost
 from scripts.bench_step import make_batch

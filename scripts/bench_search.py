@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from narvid import InputError
-from narvid.datasets import read_queries
+from narvid.data.datasets import read_queries
 from narvid.flags import Parser, positive
 from narvid.fusion import matrix_statistics
 from narvid.model import Queries, Videos

@@ -32,8 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import main_task_retrieval as trainer
-from narvid import InputError, clip, distributed, optim
-from narvid.datasets import Batch
+from narvid import InputError, distributed
+from narvid.towers import compile_blocks, encode_frames, encode_text
+from narvid.run import optim
+from narvid.data.datasets import Batch
 from narvid.flags import Parser, count, positive
 from narvid.profiling import Profile
 
@@ -94,8 +96,8 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         batch, towers = self.batch, self.model.clip
         with trainer.autocast(self.args, self.world.device):
-            made = [clip.encode_frames(towers, batch.frames[batch.mask]), *clip.encode_text(towers, batch.tokens),
-                    clip.encode_text(towers, batch.sentences, words=False)[0]]
+            made = [encode_frames(towers, batch.frames[batch.mask]), *encode_text(towers, batch.tokens),
+                    encode_text(towers, batch.sentences, words=False)[0]]
         torch.autograd.backward(made, [torch.full_like(x, 1e-3) for x in made])
 
     def heads(self) -> None:
@@ -220,7 +222,7 @@ def ways_of(args: argparse.Namespace, bench: Bench, side: int) -> dict[str, Call
     if args.micro_batch:
         ways[f"step, micro-batch {args.micro_batch}"] = partial(bench.step, micro_batch=args.micro_batch)
     if args.compile:
-        clip.compile_blocks(bench.model.clip, bench.world.device)
+        compile_blocks(bench.model.clip, bench.world.device)
         compiled = {"towers, compiled": bench.towers, "step, compiled": bench.step}
         ways = {name: partial(not_compiled, work) for name, work in ways.items()} | compiled
     return ways

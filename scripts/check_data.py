@@ -21,8 +21,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from narvid import InputError
-from narvid.frames import load_frame_index
-from narvid.narrations import load_narrations
+from narvid.data.frames import load_frame_index
+from narvid.data.narrations import load_narrations
 
 SPLITS = ("train", "val", "test")
 NEEDED = ("train", "test")
@@ -128,13 +128,13 @@ def check_frames(frames_dir: Path, data_dir: Path, videos: set[str]) -> tuple[Fi
 
 
 def check_narrations(path: Path, frames_dir: Path, times: Mapping[str, Sequence[float]], videos: set[str]) -> Finding:
-    """Whether each video has a sentence. Whether sentences fit their frames: python -m narvid.narrations check."""
+    """Whether each video has a sentence. Whether sentences fit their frames: python -m narvid.narration check."""
     if not path.is_file():
         return Finding("narrations", f"no {path}", "get or make a narration file (data/README.md, Narrations)")
     try:
         narrations = load_narrations(path, times)
     except InputError as error:
-        return Finding("narrations", str(error), f"python -m narvid.narrations check {path} --frames {frames_dir}")
+        return Finding("narrations", str(error), f"python -m narvid.narration check {path} --frames {frames_dir}")
     told = {video for video in videos if video in narrations and any(s.strip() for s in narrations[video].sentences)}
     captioners = sorted({narrations[video].captioner for video in told})
     found = f"{len(told):,} of {len(videos):,} videos in {path}{_some(videos - told)}"

@@ -1,92 +1,12 @@
-"""Is one run better than another, or is it luck? Seeds with mean and spread, paired bootstrap on the same queries.
+"""Is one run better than another? python scripts/compare_runs.py --help. See narvid/report/comparison.py."""
 
-  python scripts/compare_runs.py --a runs/base_seed1 runs/base_seed2 --b runs/new_seed1 runs/new_seed2
-  python scripts/compare_runs.py --a runs/base --b runs/new --matrix S_qv
-
-Reads ranks.csv, which every final evaluation writes: a line a query, with the rank of its video in each matrix.
-Text-to-video only. Here: files and the table. Not here: the statistics (narvid/metrics.py).
-"""
-
-import argparse
-import csv
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed
 
-import numpy as np
-
-from narvid import InputError
-from narvid.metrics import paired_bootstrap
-
-
-def read_ranks(run: Path, matrix: str | None) -> tuple[list[tuple[str, str]], np.ndarray, str]:
-    """A run's ranks.csv -> (video, query) of every line, ranks (B,), the matrix they are of (default: the last one)."""
-    path = run / "ranks.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); name folders of runs that have ended") from error
-    matrices = [name for name in (lines[0] if lines else {}) if name not in ("video", "query")]
-    if not matrices:
-        raise InputError(f"{path}: holds no ranks; evaluate the run again")
-    if matrix and matrix not in matrices:
-        raise InputError(f"{path}: has no matrix {matrix}, only {', '.join(matrices)}")
-    matrix = matrix or matrices[-1]
-    try:
-        ranks = np.array([int(line[matrix]) for line in lines])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: a rank of {matrix} is no number ({error}); evaluate the run again") from error
-    return [(line["video"], line["query"]) for line in lines], ranks, matrix
-
-
-def read_side(runs: list[Path], matrix: str | None) -> tuple[list[tuple[str, str]], np.ndarray, str]:
-    """The runs of one side -> their common pairs, ranks (runs, B), what they are of."""
-    sides = [read_ranks(run, matrix) for run in runs]
-    for run, side in zip(runs, sides):
-        if side[0] != sides[0][0]:
-            raise InputError(f"{run / 'ranks.csv'}: other queries than in {runs[0] / 'ranks.csv'}; compare runs of one "
-                             "test split")
-    names = dict.fromkeys(side[2] for side in sides)
-    return sides[0][0], np.stack([side[1] for side in sides]), "/".join(names)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print both sides and their difference."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN", help="one or several seeds")
-    parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN", help="the same of the other side")
-    parser.add_argument("--matrix", help="S_qv, S_qn, S_sum, S_fusion ... [the last one of each run]")
-    parser.add_argument("--samples", type=int, default=10_000, help="of the bootstrap")
-    args = parser.parse_args(argv)
-    pairs, ranks_a, matrix_a = read_side(args.a, args.matrix)
-    pairs_b, ranks_b, matrix_b = read_side(args.b, args.matrix)
-    if pairs != pairs_b:
-        raise InputError(f"{args.b[0] / 'ranks.csv'}: other queries than in {args.a[0] / 'ranks.csv'}; a paired "
-                         "comparison needs the same test split")
-    video = np.array([video for video, _ in pairs])
-    print(f"{len(pairs)} queries, {len(set(video))} videos; A: {len(ranks_a)} run(s), {matrix_a}; "
-          f"B: {len(ranks_b)} run(s), {matrix_b}")
-    print("text-to-video |          A |          B |  B - A   95 % interval      p")
-    for k in (1, 5, 10):
-        a, b = 100.0 * (ranks_a <= k), 100.0 * (ranks_b <= k)
-        found = paired_bootstrap(a, b, video, samples=args.samples)
-        print(f"R@{k:<11}| {spread(a)} | {spread(b)} | {found.mean:+6.2f}  {found.low:+6.2f} {found.high:+6.2f}  "
-              f"{found.p:7.4f}")
-    if 1 in (len(ranks_a), len(ranks_b)):
-        print("one run on a side: the interval holds the luck of the test videos, not that of the training seed")
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean over seeds and their standard deviation. (seeds, B) -> text."""
-    means = values.mean(axis=1)
-    return f"{means.mean():5.1f}" + (f" ±{means.std(ddof=1):4.1f}" if len(means) > 1 else " " * 6)
-
+from narvid.flags import command
+from narvid.report.comparison import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"error: {e}")
+    command(main)

@@ -25,7 +25,8 @@ import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from narvid import clip, optim
+from narvid.towers import ClipConfig, build_towers, encode_frames, encode_text
+from narvid.run import optim
 from narvid.flags import Parser, positive_float, share
 from narvid.model import NarVid, NarVidConfig
 
@@ -42,7 +43,7 @@ INFINIBAND = 50e9  # bytes/s a GPU sends between machines: one 400 Gb/s card a G
 # ---- assumed: LLaVA 1.5 7B. 6.74e9 weights of Vicuna 7B (32 layers, width 4096); its picture tower is left out ----
 WEIGHTS, LAYERS, WIDTH = 6.74e9, 32, 4096
 PROMPT = 576 + 24  # tokens: a picture's, and about those of prompt C with its frame
-NEW_TOKENS = 77  # narvid/captioners.py's limit; prompt C asks for no single sentence, so most answers reach it
+NEW_TOKENS = 77  # the captioners' limit; prompt C asks for no single sentence, so most answers reach it
 NARRATION_BATCH = 16  # narrate.sh's default
 EAGER_STEP = 1 / 25.5  # s a decoding step takes where the CPU's calls are the limit: 25.5 tokens/s of a plain 7B model
 #                        on an A100, pytorch.org/blog/accelerating-generative-ai-2
@@ -82,7 +83,7 @@ def build() -> nn.Module:
     """NarVid on ViT-B/16, on the meta device, the embeddings frozen as in the presets."""
     config = open_clip.get_model_config("ViT-B-16")
     with torch.device("meta"):
-        towers = clip.build_towers(clip.ClipConfig(config["embed_dim"], config["vision_cfg"], config["text_cfg"]))
+        towers = build_towers(ClipConfig(config["embed_dim"], config["vision_cfg"], config["text_cfg"]))
         model = NarVid(towers, NarVidConfig(config["embed_dim"]))
     optim.freeze(towers, 0)
     return model
@@ -102,8 +103,8 @@ def flops_of_towers() -> tuple[int, int]:
     with torch.device("meta"):
         picture = torch.zeros(1, 3, *towers.visual.image_size)
         text = torch.zeros(1, PAIR_WORDS, dtype=torch.long)
-    return (flops(lambda: clip.encode_frames(towers, picture).sum()),
-            flops(lambda: clip.encode_text(towers, text)[1].sum()))
+    return (flops(lambda: encode_frames(towers, picture).sum()),
+            flops(lambda: encode_text(towers, text)[1].sum()))
 
 
 @cache

@@ -424,8 +424,8 @@ def read_truth(path: Path) -> dict[str, list[dict]]:
 
 
 def narrate(args: argparse.Namespace) -> None:
-    from narvid.frames import load_frame_index  # here, so that the workers of `videos` do not load them
-    from narvid.narrations import Narration, write_narrations
+    from narvid.data.frames import load_frame_index  # here, so that the workers of `videos` do not load them
+    from narvid.data.narrations import Narration, write_narrations
 
     truth, frames = read_truth(args.out / "truth.jsonl"), args.frames or args.out / "frames"
     times = load_frame_index(frames)

@@ -10,7 +10,7 @@ modern CLIP rates, finds by interpolation in the logarithms the one whose mean c
 Heads keep --lr in both.
 
 Flags that are not listed below go to main_task_retrieval.py (recipe, rates of the sweep and output_dir are set here).
-Nothing is written. Here: the measuring. Not here: how a parameter is updated (narvid/optim.py).
+Nothing is written. Here: the measuring. Not here: how a parameter is updated (narvid/run/optim.py).
 """
 
 import argparse
@@ -29,8 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 import main_task_retrieval as trainer
-from narvid import InputError, distributed, optim
-from narvid.datasets import FrameDataset, PairSampler, collate, make_loader
+from narvid import InputError, distributed
+from narvid.run import optim
+from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader
 from narvid.flags import positive, positive_float
 
 PARTS = (  # name -> pattern of the parameters; the first that fits. Blocks of the towers are split by depth.

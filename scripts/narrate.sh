@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Caption the frames of a folder: bash scripts/narrate.sh FRAMES OUT [flags of python -m narvid.captioners]
+# Caption the frames of a folder: bash scripts/narrate.sh FRAMES OUT [flags of python -m narvid.narration narrate]
 #
 #   bash scripts/narrate.sh data/msrvtt/frames data/msrvtt/narrations.jsonl                        LLaVA 1.5 7B, prompt C
 #   bash scripts/narrate.sh FRAMES OUT --server http://localhost:8000/v1 --model NAME              a server's model
@@ -24,4 +24,4 @@ launch=()
 if [ "$processes" -gt 1 ]; then
     launch=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
 fi
-"$PYTHON" "${launch[@]}" -m narvid.captioners --frames "$frames" --out "$out" "$@"
+"$PYTHON" "${launch[@]}" -m narvid.narration narrate --frames "$frames" --out "$out" "$@"

@@ -5,8 +5,8 @@
       --out demo/shared.jsonl
 
 The first prints the share of frames that need no caption of their own, for each threshold of `python -m
-narvid.captioners --same_frame`. The second gives the frames of a finished narration the sentences that they would have
-shared: train or evaluate with it to see what the saving costs, before a large corpus is narrated.
+narvid.narration narrate --same_frame`. The second gives the frames of a finished narration the sentences that they
+would have shared: train or evaluate with it to see what the saving costs, before a large corpus is narrated.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from narvid import InputError
 from narvid.flags import Parser, number
-from narvid.frames import frame_path, load_frame_index
-from narvid.narrating import distinct_frames
-from narvid.narrations import Narration, load_narrations, write_narrations
+from narvid.data.frames import frame_path, load_frame_index
+from narvid.narration.narrate import distinct_frames
+from narvid.data.narrations import Narration, load_narrations, write_narrations
 
 
 def share_sentences(narration: Narration, times: list[float], leaders: list[int]) -> Narration:

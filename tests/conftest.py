@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+# Tests of one folder use helpers that stand in tests of another.
+sys.path[:0] = [str(folder) for folder in (HERE.parent, HERE, *sorted(HERE.glob("[a-z]*/")))]
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 

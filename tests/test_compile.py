@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
-from narvid import InputError, clip
+from narvid import towers as clip
+from narvid import InputError
 
 CPU = torch.device("cpu")
 SIZES = [(6, 7), (7, 9), (3, 24), (8, 12), (2, 30)]  # (N, T) of successive steps

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import nn
 
 import main_task_retrieval as trainer
-from narvid import clip
-from narvid.datasets import Batch, FrameDataset, PairSampler, Split, collate
+from narvid import towers as clip
+from narvid.data.datasets import Batch, FrameDataset, PairSampler, Split, collate
 from narvid.distributed import World
 from narvid.model import MODULES, NarVid, NarVidConfig
 

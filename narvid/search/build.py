@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from narvid import InputError
-from narvid.captioners import Captioner
-from narvid.frames import read_frames
+from narvid.narration.captioners import Captioner
+from narvid.data.frames import read_frames
 from narvid.search.database import NAME
 from narvid.search.engine import compute_statistics
 from narvid.search.reading import SHORT_SIDE, Clip, find_videos, read_all, read_video, windows_of

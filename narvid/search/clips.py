@@ -1,6 +1,6 @@
 """Clips for a browser: which video files it can play as they are, and an mp4 of those it cannot, made once.
 
-Not here: which file may be served to whom (server.py), decoding and encoding (narvid/videos.py).
+Not here: which file may be served to whom (server.py), decoding and encoding (narvid/data/videos.py).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import av
 
 from narvid import InputError
 from narvid.search.store import File
-from narvid.videos import compress_video, open_container
+from narvid.data.videos import compress_video, open_container
 
 MADE_CLIP = {"fps": 15.0, "short_side": 360, "crf": 23, "max_seconds": 7200.0}  # of what browsers cannot play
 PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, media type); 4:2:0 of 8 bits alone

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import InputError, distributed
-from ..baselines import clip4clip, zeroshot
-from ..baselines.clip4clip import mean_pool
-from ..datasets import Item, Split, collate, tokenize
-from ..evaluation import Encoding, concatenate
-from ..model import Queries, Videos, place_frames
-from ..run_dir import load_checkpoint
-from ..similarity import filter_weights, match
+from narvid import InputError, distributed
+from narvid.methods import clip4clip, zeroshot
+from narvid.methods.clip4clip import mean_pool
+from narvid.data.datasets import Item, Split, collate, tokenize
+from narvid.evaluation import Encoding, concatenate
+from narvid.model import Queries, Videos, place_frames
+from narvid.run.run_dir import load_checkpoint
+from narvid.similarity import filter_weights, match
 
 
 class NarVidVideos(NamedTuple):

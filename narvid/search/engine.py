@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import InputError, fusion
-from ..frames import read_frames
-from .embedding import AnyQueries, Embedder, ViewStatistics
-from .reading import read_video, windows_of
-from .stage_one import TRAINING, StageOne
-from .store import Store, Window
+from narvid import InputError, fusion
+from narvid.data.frames import read_frames
+from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
+from narvid.search.reading import read_video, windows_of
+from narvid.search.stage_one import TRAINING, StageOne
+from narvid.search.store import Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
 BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views

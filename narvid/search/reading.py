@@ -22,8 +22,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from narvid import InputError
-from narvid.frames import pick_frames
-from narvid.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, open_container, start_worker
+from narvid.data.frames import pick_frames
+from narvid.data.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, open_container, start_worker
 
 
 class Clip(NamedTuple):

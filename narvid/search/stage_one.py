@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from .. import InputError
+from narvid import InputError
 
 FLAT = 200_000  # vectors up to which all are compared (docs/scaling.md: measured)
 LISTS = 1024  # of an IVF index

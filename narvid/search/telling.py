@@ -1,7 +1,7 @@
 """The sentences of a video's picked frames: from a captioner, from a ready narration file, or none.
 
 Here: which frames are captioned, what happens to those without a sentence. Not here: models and servers
-(narvid/captioners.py), the file's form and the join by time (narvid/narrations.py), features (build.py).
+(narvid/narration/captioners.py), the file's form and the join by time (narvid/data/narrations.py), features (build.py).
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from narvid import InputError
-from narvid.captioners import Captioner, Failed, ServerCaptioner, check_sees, made_pictures
-from narvid.narrating import SAME_FRAME, STOP_AFTER, distinct_frames
-from narvid.narrations import join, load_narrations, to_line
+from narvid.narration.captioners import Captioner, Failed, ServerCaptioner, check_sees, made_pictures
+from narvid.narration.narrate import SAME_FRAME, STOP_AFTER, distinct_frames
+from narvid.data.narrations import join, load_narrations, to_line
 from narvid.search.reading import Clip
 
 AT_ONCE = 16  # pictures in a batch, or requests to a server
@@ -23,8 +23,8 @@ UNTOLD = "without a sentence"  # in a file's note; --retry looks for it
 class Narrator:
     """Sentences for frames, from one of two sources or from neither.
 
-    captioner: of narvid.captioners. narrations: a narration file, keyed by video id = file name without folder and
-    suffix. settings: what of this an index records.
+    captioner: of narvid.narration.captioners. narrations: a narration file, keyed by video id = file name without
+    folder and suffix. settings: what of this an index records.
     """
 
     def __init__(self, captioner: Captioner | None, narrations: str | Path | None):

@@ -1,0 +1,1 @@
+"""From videos and annotation files to batches. Importing this loads nothing."""

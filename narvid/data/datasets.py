@@ -1,0 +1,338 @@
+"""From {train,val,test}.jsonl, frames and narrations to batches: one Split, one Dataset, one collate for every corpus.
+
+Strings and paths end here; nothing below sees them. Which frames and which sentences is decided once, by the same
+indices, when a split is loaded (a sentence belongs to a frame by its time).
+
+Legend: B queries, V videos, K frames of a video and sentences of its narration, L words of a query, M tokens of a
+sentence, U distinct sentences of a batch. Masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from narvid import InputError
+from narvid.data.features import Features
+from narvid.data.frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
+from narvid.data.narrations import Narration, join
+
+
+class Split(NamedTuple):
+    """One jsonl joined with its frames and sentences."""
+
+    queries: list[str]  # B
+    video_of_query: np.ndarray  # (B,) index into videos
+    videos: list[str]  # V
+    frames_dir: Path
+    picks: list[list[int]]  # V lists of frame numbers: at most K, or all where every item draws its own K
+    sentences: list[list[str | None]] | None  # V lists as long as picks; None: no sentence for this frame
+    skipped: list[str]  # videos left out for want of a narration
+    missing: int  # videos of the official split that the prepare script had to drop, in all splits together
+    titles: list[list[str]] | None = None  # V lists of sentences about the whole video; they stand in for `sentences`
+    features: Features | None = None  # of the feature cache; items and batches then hold them, not pixels and tokens
+
+
+class Item(NamedTuple):
+    """One query with its video in training, one video in evaluation."""
+
+    item: int  # index of the query in training, of the video in evaluation
+    video: int  # index of the video
+    frames: Tensor  # (K_v, 3, H, W) uint8, or features (K_v, D)
+    places: list[int]  # K_v: where these frames stand in split.picks[video], and their sentences in split.sentences
+
+
+class Batch(NamedTuple):
+    """What the loader yields; tensors for the model, `item` and `video` to know what they are."""
+
+    item: Tensor  # (N,) index of the query in training, of the video in evaluation
+    video: Tensor  # (N,) index of the video
+    tokens: Tensor | None  # (B, L), or features (B, 1 + L, D), eos first; None in evaluation: queries are encoded apart
+    word_mask: Tensor | None  # (B, L)
+    frames: Tensor  # (V, K, 3, H, W) uint8, or features (V, K, D)
+    mask: Tensor  # (V, K)
+    sentences: Tensor | None  # (U, M) tokens, or features (U, 1, D): each distinct sentence once
+    sentence_of_frame: Tensor | None  # (V, K) index into sentences; of a split with titles (V, T), its most titles
+    narration_mask: Tensor | None  # (V, K), or (V, T)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+    def split(self, size: int) -> list[Batch]:
+        """A training batch in parts of at most `size` pairs, each with the sentences of its own videos alone."""
+        parts = []
+        for rows in torch.arange(len(self.video)).split(size):
+            part = self._replace(**{name: x[rows] for name, x in self._asdict().items()
+                                    if x is not None and name != "sentences"})
+            if self.sentences is not None:
+                used, number = part.sentence_of_frame.unique(return_inverse=True)
+                part = part._replace(sentences=self.sentences[used], sentence_of_frame=number)
+            parts.append(part)
+        return parts
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[str, list[float]], *,
+               max_frames: int | None, narrations: Mapping[str, Narration] | None = None,
+               narrations_path: str | Path = "", missing_narration: str = "error") -> Split:
+    """Read {"video", "query"} lines and pick at most `max_frames` frames a video, with the sentence of each.
+
+    max_frames None: all of them, for a FrameDataset that draws. frame_times: video -> time in s of every extracted
+    frame. narrations None: the narration is not used.
+    missing_narration: "error" or "skip-video" for videos without a single sentence. InputError for everything amiss.
+    """
+    pairs = _read_pairs(Path(path))
+    skipped: set[str] = set()
+    picks, sentences, index = [], [], {}
+    for number, video, _ in pairs:
+        if video in index or video in skipped:
+            continue
+        times = frame_times.get(video)
+        if times is None:
+            raise InputError(f"{path}, line {number}: video {video} has no frames in {frames_dir}; extract them "
+                             "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
+        picked = pick_frames(len(times), max_frames or len(times))
+        if narrations is not None:
+            told = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
+            if not any(told):
+                if missing_narration == "error":
+                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); "
+                                     "narrate it, or leave such videos out with --missing_narration skip-video")
+                skipped.add(video)
+                continue
+            sentences.append(told)
+        index[video] = len(index)
+        picks.append(picked)
+    pairs = [(video, query) for _, video, query in pairs if video in index]
+    if not pairs:
+        raise InputError(f"{path}: no query is left, all {len(skipped)} videos lack a narration in {narrations_path}")
+    return Split([query for _, query in pairs], np.array([index[video] for video, _ in pairs]), list(index),
+                 Path(frames_dir), picks, sentences if narrations is not None else None, sorted(skipped),
+                 _missing(Path(path).with_name("prepared.json")))
+
+
+def _join(narrations: Mapping[str, Narration], video: str, times: list[float], picked: list[int],
+          path: str | Path, *, every: bool) -> list[str | None]:
+    """The sentences of the picked frames, which are `every` frame or some; [] for a video without a narration."""
+    if video not in narrations:
+        return []
+    try:
+        return join(narrations[video], [times[i] for i in picked], times, video=video, path=path)
+    except InputError as error:
+        hint = "; --frame_sampling segments needs a sentence for every extracted frame, uniform for its picks alone"
+        raise InputError(f"{error}{hint if every else ''}") from error
+
+
+def read_queries(path: str | Path) -> list[str]:
+    """The queries of a jsonl alone, without their videos."""
+    return [query for _, _, query in _read_pairs(Path(path))]
+
+
+def _missing(prepared: Path) -> int:
+    return len(json.loads(prepared.read_text()).get("missing", [])) if prepared.exists() else 0
+
+
+def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
+    """(line number, video, query) of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with data/prepare_<corpus>.py") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}); prepare the annotations again") from error
+        for key in ("video", "query"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
+                raise InputError(f'{path}, line {number}: no "{key}"; a line is {{"video": id, "query": text}}')
+        pairs.append((number, entry["video"], entry["query"]))
+    if not pairs:
+        raise InputError(f"{path}: is empty; prepare the annotations again")
+    return pairs
+
+
+def check_frames(split: Split, videos: range) -> None:
+    """Look at the picked jpgs of some videos before training: InputError naming the first missing or not whole."""
+
+    def check(v: int) -> None:
+        for path in frame_paths(split.frames_dir, split.videos[v], split.picks[v]):
+            check_jpg(path)
+
+    with ThreadPoolExecutor(8) as pool:  # for network file systems; a local disk would be as fast with one
+        for _ in tqdm(pool.map(check, videos), total=len(videos), desc="check frames", unit="video",
+                      disable=len(videos) < 1000, leave=False):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------------ items
+
+
+class FrameDataset(Dataset):
+    """Item i: the picked frames of video `video_of_item[i]`, resized to size x size.
+
+    Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache`
+    keeps decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
+
+    segments: of a split with all frames, take one at random out of each of this many equal segments (draw_frames). The
+    draw comes from (seed, epoch, item) alone, whatever worker or rank makes it; nothing else here is random.
+    """
+
+    def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False,
+                 segments: int | None = None, seed: int = 0):
+        self.split, self.video_of_item, self.size = split, video_of_item, size
+        self.segments, self.seed = segments, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive an epoch and must see it
+        self.cached = None
+        if cache and segments:
+            raise InputError("--cache_frames keeps the same frames for all epochs and --frame_sampling segments draws "
+                             "new ones: leave one of the two out")
+        if cache:
+            longest = max(map(len, split.picks))
+            needed = len(split.videos) * longest * 3 * size**2
+            shared = Path("/dev/shm")
+            if shared.exists() and needed > shutil.disk_usage(shared).free:
+                raise InputError(f"--cache_frames needs {needed / 2**30:.1f} GiB of shared memory a process, more than "
+                                 f"is free in {shared}; leave it out or enlarge that")
+            self.cached = torch.empty(len(split.videos), longest, 3, size, size, dtype=torch.uint8).share_memory_()
+            self.filled = torch.zeros(len(split.videos), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.video_of_item)
+
+    def __getitem__(self, i: int) -> Item:
+        video = int(self.video_of_item[i])
+        picks = self.split.picks[video]
+        places = self._draw(i, video) if self.segments else list(range(len(picks)))
+        if self.split.features is not None:
+            return Item(i, video, self.split.features.of_video(video)[places], places)
+        if self.cached is not None and self.filled[video]:
+            return Item(i, video, self.cached[video, :len(picks)], places)
+        paths = frame_paths(self.split.frames_dir, self.split.videos[video], [picks[place] for place in places])
+        frames = read_frames(paths, self.size)
+        if self.cached is not None:
+            self.cached[video, :len(picks)] = frames
+            self.filled[video] = True  # last: another worker may look at any moment
+        return Item(i, video, frames, places)
+
+    def _draw(self, i: int, video: int) -> list[int]:
+        """The places of item i in this epoch, at least one of them with a sentence (load_split knows there is one)."""
+        rng = np.random.default_rng([self.seed, int(self.epoch), i, 1])  # 1: else item 0 had the sampler's numbers
+        while True:
+            places = draw_frames(len(self.split.picks[video]), self.segments, rng)
+            if self.split.sentences is None or any(self.split.sentences[video][place] for place in places):
+                return places
+
+
+def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int, with_queries: bool) -> Batch:
+    """Items -> Batch. Frames are padded to max_frames and masked; text is as long as the longest of the batch."""
+    item, video = torch.tensor([x.item for x in items]), torch.tensor([x.video for x in items])
+    frames = items[0].frames.new_zeros(len(items), max_frames, *items[0].frames.shape[1:])  # (V, K, 3, H, W)
+    mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real frame
+    for row, x in enumerate(items):
+        frames[row, :len(x.frames)] = x.frames
+        mask[row, :len(x.frames)] = True
+    tokens = word_mask = told = sentences = sentence_of_frame = narration_mask = None
+    if with_queries:
+        queries = [split.queries[i] for i in item.tolist()]
+        tokens, word_mask = split.features.of_queries(queries) if split.features else tokenize(queries, max_words)
+    if split.titles is not None:
+        told = [split.titles[x.video] for x in items]
+    elif split.sentences is not None:
+        told = [[split.sentences[x.video][place] for place in x.places] for x in items]
+    if told is not None:
+        number: dict[str, int] = {}
+        width = max_frames if split.titles is None else max(map(len, told))
+        sentence_of_frame = torch.zeros(len(items), width, dtype=torch.long)
+        narration_mask = torch.zeros(len(items), width, dtype=torch.bool)  # True = a real sentence
+        for row, texts in enumerate(told):
+            for k, sentence in enumerate(texts):
+                if sentence is not None:
+                    sentence_of_frame[row, k] = number.setdefault(sentence, len(number))
+                    narration_mask[row, k] = True
+        texts = list(number)
+        sentences = split.features.of_sentences(texts) if split.features else tokenize(texts, max_words)[0]
+    return Batch(item, video, tokens, word_mask, frames, mask, sentences, sentence_of_frame, narration_mask)
+
+
+def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
+    """CLIP's BPE: start token, word pieces cut to max_words - 2, end token -> tokens (N, T), mask (N, T) True = a word.
+
+    T is the longest of these texts. The padding id 0 is also that of "!", so the mask comes from the end token.
+    """
+    tokens = _tokenizer()(texts, context_length=max_words)
+    end = tokens.argmax(dim=1)
+    tokens = tokens[:, :int(end.max()) + 1 if texts else 0]
+    return tokens, torch.arange(tokens.shape[1]) <= end[:, None]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():
+    return open_clip.SimpleTokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------- loaders
+
+
+class PairSampler(Sampler):
+    """This rank's part of each global batch of query indices, the same global batches for any number of ranks.
+
+    The order of an epoch comes from (seed, epoch) alone. One optimiser step takes `batch_size` queries over all ranks
+    in `accumulation` micro-batches; what does not fill a last batch is dropped. `set(epoch, step)` says where to go on.
+    """
+
+    def __init__(self, n: int, batch_size: int, *, rank: int, world_size: int, seed: int, accumulation: int = 1):
+        if batch_size % (world_size * accumulation):
+            raise InputError(f"--batch_size {batch_size} is global and must divide by {world_size} processes x "
+                             f"{accumulation} accumulation steps")
+        if n < batch_size:
+            raise InputError(f"{n} training pairs do not fill one batch of {batch_size} (on {world_size} processes); "
+                             "lower --batch_size or the number of processes")
+        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
+        self.seed, self.accumulation = seed, accumulation
+        self.epoch = self.step = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.n // self.batch_size
+
+    def set(self, epoch: int, step: int) -> None:
+        """The next iteration gives epoch `epoch` from optimiser step `step` on."""
+        self.epoch, self.step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        micro = self.batch_size // self.accumulation
+        part = micro // self.world_size
+        for start in range(self.step * self.batch_size, self.steps * self.batch_size, micro):
+            yield order[start + self.rank * part:][:part].tolist()
+
+
+def make_loader(dataset: FrameDataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
+    """DataLoader over `sampler`, which yields lists of items."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)

@@ -1,0 +1,320 @@
+"""Videos -> a frame folder (layout: narvid/data/frames.py). All cores, resumable, one run at a time for a folder.
+
+  python scripts/extract_frames.py --videos DIR --out frames                    1 frame a second, the paper's choice
+  python scripts/extract_frames.py --videos DIR --out frames_12 --num_frames 12 --list test.jsonl
+  python scripts/extract_frames.py --videos DIR --out small --compress          <id>.mp4 of 3 frames a second, no sound
+
+A video's id is its file name without the last extension; folders below DIR are searched too. A video that gives no
+frame is written to <out>/failed.jsonl with the reason and tried again by the next run; it never becomes a black frame.
+Stopped at any moment, the same command continues and ends with the same files.
+Small videos have an index of their own, <out>/videos.jsonl, one line each: {"video", "frames", "bytes", "sampling":
+"3 fps", "short_side", "crf", "source": file, "note": what was amiss, if so}.
+Here: which files, worker processes, what is done already. Not here: pixels and times (narvid/data/videos.py).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from narvid import InputError
+from narvid.flags import Parser, positive, positive_float
+from narvid.data.frames import INDEX_NAME, frame_path, parse_index_line
+from narvid.data.videos import QUALITY, SHORT_SIDE, compress_video, decode_video, start_worker
+from narvid.data.videos import SUFFIXES as EXTENSIONS
+
+FAILED_NAME = "failed.jsonl"
+SMALL_INDEX_NAME = "videos.jsonl"  # of --compress; not frames.INDEX_NAME, so that neither is taken for the other
+UNFINISHED = ".unfinished"  # folder inside --out; a hidden name is never a video's
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
+
+
+class Job(NamedTuple):
+    video: str
+    source: Path
+    out: Path
+    how: dict  # keyword arguments of decode_video or compress_video
+    quality: int | None  # of the jpgs; None: a small video
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Extract frames from videos, or make the videos small.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--videos", type=Path, required=True, metavar="DIR", help="folder of video files, searched with its subfolders")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add("--list", type=Path, nargs="+", metavar="JSONL", help='only the videos in these files ({"video": id} a line)')
+    add("--compress", action="store_true", help="write small videos without sound (h264 mp4) in place of jpgs")
+    add("--fps", type=positive_float, help="frames per second of video (default 1, with --compress 3)")
+    add("--num_frames", type=positive, help="frames per video, uniform in time, in place of --fps")
+    add("--max_seconds", type=positive_float, default=inf, help="only this much of a video's beginning (default all)")
+    add("--short_side", type=positive, help="pixels; larger pictures shrink to it (default 256, with --compress 224)")
+    add("--quality", type=int, choices=range(1, 101), metavar="1..100", help="of the jpgs (default 95)")
+    add("--crf", type=int, choices=range(52), metavar="0..51", help="with --compress, 0 is lossless (default 18)")
+    add("--workers", type=positive, default=usable_cores(), help="processes, one thread each (default all cores)")
+    args = parser.parse_args(argv)
+    if args.fps and args.num_frames:
+        parser.error("--num_frames stands in place of --fps: give one of them")
+    if args.compress and (args.num_frames or args.quality):
+        parser.error("--compress takes --fps and --crf; --num_frames and --quality are for jpgs")
+    if args.crf is not None and not args.compress:
+        parser.error("--crf is the quality of --compress; that of jpgs is --quality")
+    defaults = {"fps": 1.0, "short_side": SHORT_SIDE, "quality": QUALITY}
+    if args.compress:
+        defaults = {"fps": 3.0, "short_side": 224, "crf": 18}
+    elif args.num_frames:
+        del defaults["fps"]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def usable_cores() -> int:
+    """The cores this process may run on, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def how_to(args: argparse.Namespace) -> tuple[dict, dict]:
+    """Job.how, and what every line of the index file records."""
+    sampling = f"{args.fps:g} fps" if args.fps else f"{args.num_frames} uniform"
+    if args.max_seconds < inf:
+        sampling += f", first {args.max_seconds:g} s"
+    how = {"fps": args.fps, "short_side": args.short_side, "max_seconds": args.max_seconds}
+    settings = {"sampling": sampling, "short_side": args.short_side}
+    if args.compress:
+        return {**how, "crf": args.crf}, {**settings, "crf": args.crf}
+    return {**how, "n": args.num_frames}, {**settings, "quality": args.quality}
+
+
+# ---- which videos ----
+
+
+def find_videos(folder: Path) -> dict[str, Path]:
+    """Video id -> file, sorted by id. Hidden files are passed over (file managers leave some with video names)."""
+    if not folder.is_dir():
+        raise InputError(f"--videos {folder} is not a folder")
+    found: dict[str, Path] = {}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name != UNFINISHED]  # of small videos whose run was stopped
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() not in EXTENSIONS or name.startswith("."):
+                continue
+            other = found.setdefault(path.stem, path)
+            if other != path:
+                raise InputError(f"{other} and {path} have one id, {path.stem!r}: rename or remove one of them")
+    if not found:
+        raise InputError(f"no video in {folder}: no file ends in one of {' '.join(EXTENSIONS)}")
+    return dict(sorted(found.items()))
+
+
+def read_lists(paths: list[Path]) -> set[str]:
+    """The video ids of JSON lines files such as test.jsonl."""
+    ids = set()
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--list {path} cannot be read: {e}") from e
+        for number, line in enumerate(lines, 1):
+            try:
+                ids.add(str(json.loads(line)["video"]))
+            except (ValueError, KeyError, TypeError) as e:
+                raise InputError(f'{path}, line {number}: expected {{"video": id, ...}}') from e
+    return ids
+
+
+def read_done(index: Path, settings: dict) -> dict[str, dict]:
+    """Video id -> line of the index file, of the videos whose files are all there; what cannot be read is not done.
+
+    Refuses a folder made with other settings, and one that this script did not make.
+    """
+    out = index.parent
+    if not index.exists():
+        if out.exists() and any(not name.startswith(".") for name in os.listdir(out)):
+            raise InputError(f"{out} is in use and holds no {index.name}; nothing is replaced: give another --out")
+        return {}
+    done = {}
+    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = parse_index_line(line) if index.name == INDEX_NAME else dict(json.loads(line))
+            whole = is_whole(out, entry)
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill: that video is done again
+        theirs = {name: entry.get(name) for name in settings}
+        if theirs != settings:
+            raise InputError(f"{out} was made with {theirs}, this run asks for {settings}: give another --out")
+        if whole:
+            done[entry["video"]] = entry
+    return done
+
+
+def is_whole(out: Path, entry: dict) -> bool:
+    """Whether what a line of an index file lists is there: so many jpgs, or a small video of so many bytes."""
+    if "times" in entry:
+        folder = out / entry["video"]
+        return folder.is_dir() and len(os.listdir(folder)) == len(entry["times"])
+    small = out / f"{entry['video']}.mp4"
+    return small.is_file() and small.stat().st_size == entry["bytes"]
+
+
+def write_lines(path: Path, entries: list[dict]) -> None:
+    """Write JSON lines sorted by video, through a temporary name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    lines = [json.dumps(entry) + "\n" for entry in sorted(entries, key=lambda entry: entry["video"])]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---- the work ----
+
+
+def extract_video(job: Job) -> dict:
+    """In a worker: write a video's files under a temporary name, then rename. Returns {"times"} or {"frames", "bytes"},
+    with a "note" where something was amiss, or {"why"} there is nothing.
+    """
+    temporary = job.out / UNFINISHED / job.video
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    notes = []
+    try:
+        made = write_jpgs(job, notes) if job.quality else write_small(job, notes)
+    except InputError as e:
+        shutil.rmtree(temporary)
+        return {"why": str(e)}
+    return {**made, "note": "; ".join(notes)} if notes else made
+
+
+def write_jpgs(job: Job, notes: list[str]) -> dict:
+    """Write <out>/<video>/<index>.jpg."""
+    unfinished, times = job.out / UNFINISHED, []
+    for index, (seconds, pixels) in enumerate(decode_video(job.source, **job.how, notes=notes)):
+        Image.fromarray(pixels).save(frame_path(unfinished, job.video, index), "JPEG", quality=job.quality)
+        times.append(round(seconds, 3))
+    folder = job.out / job.video
+    shutil.rmtree(folder, ignore_errors=True)  # frames without a line in the index: a run was stopped in between
+    os.replace(unfinished / job.video, folder)
+    return {"times": times}
+
+
+def write_small(job: Job, notes: list[str]) -> dict:
+    """Write <out>/<video>.mp4."""
+    temporary = job.out / UNFINISHED / job.video
+    path = temporary / f"{job.video}.mp4"
+    frames = compress_video(job.source, path, **job.how, notes=notes)
+    made = {"frames": frames, "bytes": path.stat().st_size}
+    os.replace(path, job.out / path.name)
+    temporary.rmdir()
+    return made
+
+
+def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict]]:
+    """Yield (job, result) as they finish. A file on which the decoder itself dies costs that file, not the run."""
+    while jobs:
+        left = []
+        yield from run_pool(jobs, workers, left)
+        if left and len(jobs) == 1:
+            yield left[0], {"why": f"{left[0].source}: the worker process died (a decoder crash, or no memory left)"}
+            return
+        started = [job for job in left if (job.out / UNFINISHED / job.video).exists()]
+        if left and not started:
+            raise InputError("the worker processes die before they start: is there memory for --workers of them?")
+        for job in started:  # one of these it was: each alone
+            yield from run_jobs([job], 1)
+        jobs = [job for job in left if job not in started]
+
+
+def run_pool(jobs: list[Job], workers: int, left: list[Job]) -> Iterator[tuple[Job, dict]]:
+    """Yield (job, result) until all is done or a worker dies; what is not done then is appended to `left`."""
+    # spawn: the parent has threads (tqdm's), which a fork must not copy
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
+    running = {}
+    try:
+        for job in jobs:
+            try:
+                running[pool.submit(extract_video, job)] = job
+            except BrokenProcessPool:  # a worker died while jobs were still being handed in
+                left.append(job)
+        for future in as_completed(running):
+            if isinstance(future.exception(), BrokenProcessPool):
+                left.append(running[future])
+            else:
+                yield running[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- the run ----
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    how, settings = how_to(args)
+    index = args.out / (SMALL_INDEX_NAME if args.compress else INDEX_NAME)
+    if args.compress and args.out.resolve().is_relative_to(args.videos.resolve()):
+        raise InputError(f"--out {args.out} lies in --videos: the small videos would be taken for originals next time")
+    videos = find_videos(args.videos)
+    wanted = read_lists(args.list) if args.list else set(videos)
+    done = read_done(index, settings)
+    todo = sorted(wanted & set(videos) - set(done))
+    jobs = [Job(video, videos[video], args.out, how, args.quality) for video in todo]
+    tidy(index, done)
+    absent = [{"video": v, "file": None, "why": f"no file of this name in {args.videos}"} for v in wanted - set(videos)]
+    failed = absent + extract_all(jobs, args, index, settings, done)
+    write_lines(index, list(done.values()))
+    write_lines(args.out / FAILED_NAME, failed)
+    shutil.rmtree(args.out / UNFINISHED)
+    report(index, [done[video] for video in wanted & set(done)], failed, new=len(jobs) - len(failed) + len(absent))
+
+
+def tidy(index: Path, done: dict[str, dict]) -> None:
+    """Make the folder, drop what a killed run left half written, and leave an index file that can be appended to."""
+    unfinished = index.parent / UNFINISHED
+    unfinished.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(unfinished)
+    unfinished.mkdir()
+    write_lines(index, list(done.values()))
+
+
+def extract_all(
+    jobs: list[Job], args: argparse.Namespace, index: Path, settings: dict, done: dict[str, dict]
+) -> list[dict]:
+    """Run the jobs; every finished video joins `done` and, at once, the index file. Returns the failures."""
+    failed = []
+    bar = tqdm(total=len(jobs), unit=" videos", bar_format=BAR)
+    with open(index, "a", encoding="utf-8") as lines, bar:
+        for job, result in run_jobs(jobs, args.workers):
+            source = str(job.source.relative_to(args.videos))
+            bar.update()
+            if "why" in result:
+                failed.append({"video": job.video, "file": source, "why": result["why"]})
+                continue
+            note = {"note": result.pop("note")} if "note" in result else {}
+            done[job.video] = {"video": job.video, **result, **settings, "source": source, **note}
+            lines.write(json.dumps(done[job.video]) + "\n")
+            lines.flush()
+    return failed
+
+
+def report(index: Path, done: list[dict], failed: list[dict], *, new: int) -> None:
+    """The closing summary; exit status 1 only if there is nothing at all to work with."""
+    frames = sum(len(entry["times"]) if "times" in entry else entry["frames"] for entry in done)
+    print(f"{len(done)} videos, {frames} frames in {index.parent} ({new} videos new)")
+    noted = sorted(entry["video"] for entry in done if "note" in entry)
+    if noted:
+        print(f'{len(noted)} gave less than they announce, "note" in {index} says what: {noted[0]}, ...')
+    if failed:
+        print(f"{len(failed)} failed, {index.parent / FAILED_NAME} says why; the first: {failed[0]['why']}")
+    if not done:
+        sys.exit("error: no video gave a frame")

@@ -1,0 +1,199 @@
+"""The narration file: timestamped sentences of each video, and their join with frames.
+
+A narration is what a captioner wrote about the extracted frames of one video: one sentence a frame, in chronological
+order (Sec. 3.1), each with the time of its frame in seconds. Sentences meet frames by that time, never by position.
+No pixel is touched here (`frames.py`), no sentence is made (`captioners.py`) and none is tokenized (`clip.py`).
+What published files hold is in `published_narrations.py`, what is wrong with a file in `check_narrations.py`.
+
+    {"video": "video7", "captioner": "llava-1.5-7b", "prompt": "...", "sentences": [{"time": 0.0, "text": "..."}, ...]}
+
+Check a file, ours or a published one, against the extracted frames; turn a published one into the form above:
+    python -m narvid.narration check narrations.jsonl --frames data/msrvtt/frames
+    python -m narvid.narration convert published.json --frames data/msrvtt/frames --out data/msrvtt/narrations.jsonl
+"""
+
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from narvid import InputError
+from narvid.data.published_narrations import CAPTIONER, assign, form_of, parse_published, read_text
+
+LONE_FRAME_TOLERANCE = 0.25  # seconds, where a video has one frame and hence no spacing
+RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates
+
+
+class Narration(NamedTuple):
+    """What one captioner wrote about one video; `times` in seconds, strictly increasing, one a sentence."""
+
+    captioner: str
+    prompt: str
+    times: list[float]
+    sentences: list[str]
+
+
+# ---- reading ----
+
+
+def load_narrations(path: str | Path, frame_times: Mapping[str, Sequence[float]] | None = None) -> dict[str, Narration]:
+    """Read a narration file, ours (JSON lines) or the release's list of {"video_file", "caption_1", "caption_2", ...}.
+
+    frame_times: video -> times (s) of all its extracted frames; needed for the published form only, which has no times.
+    There m captions belong to all n frames (m == n) or to the m frames a release picks of n (m < n); videos without
+    extracted frames are left out, since nothing can date their captions.
+    Raises InputError with file and line for anything malformed, a video narrated twice, m > n, Cap4Video's titles.
+    """
+    text = read_text(path)
+    form = form_of(text)
+    if form == "ours":
+        return parse_lines(path, text)
+    captions_of = parse_published(path, text, form, frame_times or ())
+    if form == "titles" or frame_times is None:
+        reason = "titles tell of whole videos, not of frames" if form == "titles" else "the published form has no times"
+        raise InputError(
+            f"{path}: {reason}; convert it first with "
+            f"`python -m narvid.narration convert {path} --frames DIR --out narrations.jsonl`"
+        )
+    narrations, misaligned = date_published(form, captions_of, frame_times)
+    for video, reason in misaligned.items():
+        raise InputError(f"{path}: {video}: {reason}")
+    return narrations
+
+
+def parse_lines(path: str | Path, text: str) -> dict[str, Narration]:
+    """The text of a file in our form -> narrations; `path` is for messages. InputError names the malformed line."""
+    narrations, line_of = {}, {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            video, narration = _parse(line)
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+        if video in narrations:
+            raise InputError(f"{path}:{number}: {video} is narrated twice (first in line {line_of[video]}); keep one")
+        narrations[video], line_of[video] = narration, number
+    return narrations
+
+
+def _parse(line: str) -> tuple[str, Narration]:
+    """One line of our form; InputError says what is wrong with it."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"malformed JSON ({error.msg}, column {error.colno}); one object a line is expected") from None
+    if not isinstance(entry, dict):
+        raise InputError('expected {"video", "captioner", "prompt", "sentences"}')
+    for key in ("video", "captioner", "prompt"):
+        if not isinstance(entry.get(key), str) or (key == "video" and not entry[key]):
+            raise InputError(f'"{key}" is missing or no text')
+    video = entry["video"]
+    if not isinstance(entry.get("sentences"), list):
+        raise InputError(f'{video}: "sentences" is missing or not a list')
+    times, sentences = [], []
+    for position, sentence in enumerate(entry["sentences"], start=1):
+        if not isinstance(sentence, dict) or not isinstance(sentence.get("text"), str):
+            raise InputError(f'{video}: sentence {position} has no "text"')
+        time = sentence.get("time")
+        if type(time) not in (int, float) or not 0 <= time < math.inf:
+            raise InputError(f'{video}: sentence {position} has no "time" in seconds, a number >= 0')
+        if times and time <= times[-1]:
+            raise InputError(f"{video}: times do not increase at sentence {position} ({times[-1]} s, then {time} s)")
+        times.append(float(time))
+        sentences.append(sentence["text"])
+    return video, Narration(entry["captioner"], entry["prompt"], times, sentences)
+
+
+def date_published(
+    form: str, captions_of: Mapping[str, list[str]], frame_times: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, Narration], dict[str, str]]:
+    """Give published captions the times of their frames -> (narrations, video -> why it has none).
+
+    form: "release" or "titles". Videos without extracted frames are left out.
+    """
+    narrations, misaligned = {}, {}
+    for video, captions in captions_of.items():
+        if video not in frame_times:
+            continue
+        try:
+            narrations[video] = Narration(CAPTIONER[form], "", *assign(form, captions, frame_times[video]))
+        except InputError as error:
+            misaligned[video] = str(error)
+    return narrations, misaligned
+
+
+# ---- joining ----
+
+
+def join(
+    narration: Narration, times: Sequence[float], all_times: Sequence[float], *, video: str, path: str | Path
+) -> list[str | None]:
+    """The sentence of each of K picked frames, by time -> K; None (to be masked) where there is none or a blank one.
+
+    times: of the picked frames (s); all_times: of all extracted frames of the video (s); video and path: for messages.
+    A sentence belongs to a frame if it is the nearest and no farther than a quarter of the median frame spacing.
+    Raises InputError where frames have no sentence because the narration has another frame rate or another clock.
+    """
+    tolerance = _spacing(all_times) / 4 if len(all_times) > 1 else LONE_FRAME_TOLERANCE
+    found = [_nearest(narration.times, time, tolerance) for time in times]
+    if None in found and (reason := _disagreement(narration, found, all_times, tolerance)):
+        raise InputError(f"{path}: {video}: {reason}")
+    sentences = [None if index is None else narration.sentences[index] for index in found]
+    return [sentence if sentence and not sentence.isspace() else None for sentence in sentences]
+
+
+def _spacing(times: Sequence[float]) -> float:
+    """Median distance of neighbouring times, in seconds; needs two of them."""
+    return float(median(later - earlier for earlier, later in pairwise(times)))
+
+
+def _nearest(times: Sequence[float], time: float, tolerance: float) -> int | None:
+    """Index of the nearest of increasing `times` within the tolerance; the earlier one of two equally near."""
+    after = bisect_left(times, time)
+    near = [index for index in (after - 1, after) if 0 <= index < len(times)]
+    best = min(near, key=lambda index: abs(times[index] - time), default=None)
+    # A microsecond of slack: a distance of exactly the tolerance must not depend on rounding.
+    return best if best is not None and abs(times[best] - time) <= tolerance + 1e-6 else None
+
+
+def _disagreement(narration: Narration, found: list[int | None], all_times: Sequence[float], tolerance: float) -> str:
+    """Why picked frames have no sentence, or "" where the narration merely has holes."""
+    if not narration.times:
+        return ""
+    if len(all_times) > 1 and len(narration.times) > 1:
+        of_frames, of_sentences = _spacing(all_times), _spacing(narration.times)
+        if abs(of_sentences - of_frames) > RATE_MARGIN * of_frames:
+            return (
+                f"narration of another frame rate: a sentence every {of_sentences:.2f} s, a frame every "
+                f"{of_frames:.2f} s, {found.count(None)} of {len(found)} frames unmatched; extract frames at its rate, "
+                f"narrate these frames, or pick as many as were narrated (--max_frames {len(narration.times)})"
+            )
+    if all(_nearest(narration.times, time, tolerance) is None for time in all_times):
+        return (
+            f"narration of another clock: sentences from {narration.times[0]:.2f} s to {narration.times[-1]:.2f} s, "
+            "none at a frame; check that narrations and frames come from the same video files, or narrate these frames"
+        )
+    return ""
+
+
+def to_line(video: str, narration: Narration) -> str:
+    """One line of a narration file, without the line break."""
+    sentences = [{"time": time, "text": text} for time, text in zip(narration.times, narration.sentences, strict=True)]
+    entry = {"video": video, "captioner": narration.captioner, "prompt": narration.prompt, "sentences": sentences}
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def write_narrations(path: str | Path, items: Iterable[tuple[str, Narration]]) -> None:
+    """Write (video, narration) pairs as JSON lines; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(to_line(video, narration) + "\n" for video, narration in items)
+    os.replace(temporary, path)

@@ -1,0 +1,74 @@
+"""Zero-shot CLIP, App. D.1 and Table 9 of the NarVid paper: nothing is trained.
+
+A video is the mean of its frames' CLIP features, its narration the mean of its sentences' end-token features; S_qv and
+S_qn are their cosines with the query's eos, S_sum and S_fusion (Eq. 11) come from the evaluation as for every method.
+Any of open_clip's ViTs and weights will do: --clip_model, --clip_pretrained.
+
+The paper says "mean pooling" and no more. Here, as in CLIP4Clip, which its code builds on, each feature has length 1
+before the mean. A frame without a sentence is left out of the mean of the narration.
+
+Legend: B queries, V videos, K frames of a video and sentences of its narration, L words, M tokens of a sentence, U
+distinct sentences of a batch, D joint dimension. Masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from narvid.towers import ClipConfig, encode_frames, encode_text, load_released_towers
+from narvid.model import _widen, place_frames
+from narvid.methods.clip4clip import Queries, mean_pool
+
+
+class Videos(NamedTuple):
+    """What the score sees of V videos."""
+
+    video: Tensor  # (V, D) of length 1
+    narration: Tensor | None  # (V, D) of length 1; None where the narration is not used
+
+
+class ZeroShot(nn.Module):
+    """The towers alone. It has no `loss`: the trainer only evaluates it."""
+
+    uses = "narration"
+
+    @staticmethod
+    def add_flags(group: argparse._ArgumentGroup) -> None:
+        """Whether there is a narration."""
+        group.add_argument("--use_narration", action=argparse.BooleanOptionalAction, default=True,
+                           help="score the narration too; off for a corpus without one")
+
+    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, use_narration: bool):
+        super().__init__()
+        self.clip = towers
+        self.views = ("video", "narration") if use_narration else ("video",)
+
+    def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
+        """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
+        return Queries(_widen(encode_text(self.clip, tokens, words=False)[0]))
+
+    def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None, sentence_of_frame: Tensor | None,
+                      narration_mask: Tensor | None) -> Videos:
+        """frames (V, K, 3, H, W) uint8, mask (V, K) -> Videos.
+
+        sentences (U, M), sentence_of_frame (V, K) and narration_mask (V, K) as in NarVid; None without a narration.
+        """
+        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
+        narration = None
+        if "narration" in self.views:
+            eos = _widen(encode_text(self.clip, sentences, words=False)[0])  # (U, D)
+            narration = mean_pool(eos[sentence_of_frame], narration_mask)
+        return Videos(mean_pool(video, mask), narration)
+
+    def score(self, queries: Queries, videos: Videos, *, block: int | None = None) -> dict[str, Tensor]:
+        """{"video": (B, V), "narration": (B, V)}, cosines; one product each, so `block` is not needed."""
+        eos = F.normalize(queries.eos, dim=-1)
+        return {view: eos @ getattr(videos, view).T for view in self.views}
+
+    def load_release(self, state: dict, source: str) -> None:
+        """The towers of any released checkpoint that keeps them under "clip."; what it trained on top is left out."""
+        load_released_towers(self.clip, state.get("state_dict", state), source=source)

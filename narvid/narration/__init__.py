@@ -1,0 +1,1 @@
+"""Making and judging the sentences of frames: `python -m narvid.narration narrate | check | convert`."""

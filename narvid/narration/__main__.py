@@ -1,0 +1,23 @@
+"""python -m narvid.narration COMMAND: narrate a folder of frames, check a narration file, convert a published one."""
+
+import sys
+
+from narvid.flags import command
+from narvid.narration import check, narrate
+
+COMMANDS = {"narrate": narrate.main, "check": check.main_check, "convert": check.main_convert}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The first word says which command; the rest are its flags."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__.strip() + "\n\n" + "\n".join(f"  python -m narvid.narration {each} --help" for each in COMMANDS))
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: there is no command {name}; say one of {', '.join(COMMANDS)}")
+    command(lambda: COMMANDS[name](rest))
+
+
+if __name__ == "__main__":
+    main()

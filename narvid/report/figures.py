@@ -1,0 +1,406 @@
+"""The paper's figures from the runs on this disk: 3, 6 and 7, and training curves and a heat map of the similarities.
+
+  python scripts/make_figures.py --runs runs --out figures
+
+Writes each as PDF (vector) and PNG, one column wide. Nothing is drawn that is not on disk; what is missing is named,
+with the command that makes it. Needs matplotlib.
+
+  figure3     R@1 with the narrations of different captioners: runs that differ in --narrations alone, two captioners
+              or more by the narration files' own word; a run without narration (--modules without NM) is a line
+  figure6     distributions of S_qv and S_qn, own and other videos, before and after Eq. 11 standardises them
+  figure7     R@1 over lambda and over eta: runs that differ in --lam alone, or in --eta alone
+  curves      losses of log.txt; R@1 where a split chose the epoch
+  heatmap     S_qv and S_qn, a query a row, its own video on the diagonal
+
+Runs that differ in --seed alone are one point, with mean and standard deviation. figure6, curves and heatmap are of one
+run each, and carry its name.
+
+Here: finding runs, grouping them, drawing. Not here: the numbers (results.jsonl, similarity.npz).
+"""
+
+import argparse
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from narvid import InputError
+from narvid.flags import Parser
+from narvid.fusion import matrix_statistics
+from narvid.metrics import text_to_video_ranks
+from narvid.data.narrations import CAPTIONER, form_of, read_text
+from narvid.run.run_dir import FREE_TO_CHANGE
+
+WIDTH = 3.3  # inches: a column of the conference's two
+HEIGHT = 1.75
+# Okabe and Ito's colours, which the colour-blind can tell apart; the two views first.
+BLUE, ORANGE, *MORE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
+COLOURS = (BLUE, ORANGE, *MORE)
+MARKERS = "osD^vP*"
+HEAT_ROWS = 100  # queries of the heat map at most: more than the print can show
+# These say where and how often, not what is measured.
+NO_DIFFERENCE = {*FREE_TO_CHANGE, "seed", "save_similarity", "dsl_scale", "qb_norm_queries", "eval_batch_size",
+                 "eval_every"}
+
+
+class Run(NamedTuple):
+    """One run directory."""
+
+    name: str  # of its folder, below --runs
+    path: Path
+    config: dict
+    results: list[dict]  # evaluations, the final one last
+    final: dict | None  # None: has not ended
+
+    @property
+    def recall(self) -> float:
+        """Text-to-video R@1 of the method's result, the last matrix of the table."""
+        return list(self.final["metrics"].values())[-1]["text_to_video"]["R@1"]
+
+
+# ------------------------------------------------------------------------------------------------------- finding runs
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every run below `folder`, by name; RUN/eval belongs to RUN and is none of its own."""
+    found = sorted(path.parent for path in folder.rglob("config.yaml"))
+    runs = [read_run(path, folder) for path in found if not (path.parent / "config.yaml").exists()]
+    if not runs:
+        raise InputError(f"--runs {folder}: holds no run; name the folder that --output_dir of your runs lies in")
+    return runs
+
+
+def read_run(path: Path, folder: Path) -> Run:
+    """One run directory; InputError names what is damaged."""
+    file = path / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        file = path / "results.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        results = [json.loads(line) for line in lines]
+        final = results[-1] if results and results[-1].get("final") else None
+        name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
+        run = Run(name, path, dict(config), results, final)
+        if final:
+            float(run.recall)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}); delete this run, or evaluate it again"
+                         ) from error
+    return run
+
+
+def likeness(run: Run, *leave_out: str) -> str:
+    """Two runs are alike if this is: all flags but these and those that change nothing, and the test set."""
+    kept = {k: v for k, v in run.config.items() if k not in NO_DIFFERENCE and k not in leave_out}
+    return json.dumps([kept, run.final["queries"], run.final["videos"]], sort_keys=True)
+
+
+def group(runs: list[Run], *leave_out: str) -> list[list[Run]]:
+    """Runs that differ in `leave_out` and the seed alone, together."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[likeness(run, *leave_out)].append(run)
+    return list(groups.values())
+
+
+def captioner_of(path: str) -> str | None:
+    """Who wrote a narration file, by its own word, else the file's name; None where it is not on this disk."""
+    if not Path(path).exists():
+        return None
+    text = read_text(path)
+    form = form_of(text)
+    if form != "ours":
+        return Path(path).stem
+    line = next(line for line in text.split("\n") if line.strip())
+    try:
+        captioner = json.loads(line)["captioner"]
+        return Path(path).stem if captioner in ("", CAPTIONER["release"]) else str(captioner)
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: its first line names no captioner; see `python -m narvid.narration check`"
+                         ) from error
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Over seeds; the standard deviation of one is 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def of_narvid(runs: list[Run]) -> list[Run]:
+    """Those of the paper's own method that have ended."""
+    return [run for run in runs if run.final and run.config.get("method") == "narvid"]
+
+
+# ------------------------------------------------------------------------------------------------- data of the figures
+
+
+def captioner_data(runs: list[Run]) -> tuple[dict[str, list[float]], list[float]]:
+    """Figure 3 -> {captioner: R@1 of each seed}, R@1 of the same without narration; ({}, []) where there are not two.
+
+    Of several sets of like runs the one with most captioners.
+    """
+    best: dict[str, list[float]] = {}
+    bare: list[float] = []
+    with_narration = [run for run in of_narvid(runs) if "NM" in run.config["modules"]]
+    names = {path: captioner_of(path) for path in {run.config["narrations"] for run in with_narration}}
+    for alike in group([run for run in with_narration if names[run.config["narrations"]]], "narrations"):
+        found = defaultdict(list)
+        for run in alike:
+            found[names[run.config["narrations"]]].append(run.recall)
+        if len(found) > max(1, len(best)):
+            best = dict(found)
+            like = likeness(alike[0], "narrations", "modules")
+            bare = [run.recall for run in of_narvid(runs) if "NM" not in run.config["modules"]
+                    and likeness(run, "narrations", "modules") == like]
+    return best, bare
+
+
+def sweep_data(runs: list[Run], flag: str) -> list[tuple[dict, dict[float, list[float]]]]:
+    """Figure 7 -> lines of (config, {value of the flag: R@1 of each seed}), each over two values or more."""
+    lines = []
+    hinged = [run for run in of_narvid(runs) if "CVH" in run.config["modules"]
+              and (flag == "lam" or run.config["hard_loss"] == "hinge")]
+    for alike in group(hinged, flag):
+        found = defaultdict(list)
+        for run in alike:
+            found[float(run.config[flag])].append(run.recall)
+        if len(found) > 1:
+            lines.append((alike[0].config, dict(sorted(found.items()))))
+    return lines
+
+
+def load_similarity(run: Run) -> dict[str, np.ndarray] | None:
+    """The run's two matrices (B, V) and video_of_query (B,); None where it has not stored both."""
+    path = next((path for path in (run.path / "similarity.npz", run.path / "eval" / "similarity.npz")
+                 if path.exists()), None)
+    if path is None:
+        return None
+    try:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in ("S_qv", "S_qn", "video_of_query") if name in stored}
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); delete it and evaluate again") from error
+    return arrays if len(arrays) == 3 else None
+
+
+def curve_data(run: Run) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[int, float]]]:
+    """log.txt and results.jsonl -> {"loss" and its parts: [(step, value)]}, [(step, R@1 of the choosing split)]."""
+    path = run.path / "log.txt"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    steps = 0
+    for epoch, step, total, parts in re.findall(r"^epoch (\d+) step (\d+)/(\d+) (loss .*) lr ", text, re.MULTILINE):
+        steps = int(total)
+        at, words = (int(epoch) - 1) * steps + int(step), parts.split()
+        for name, value in zip(words[::2], words[1::2]):
+            values[name][at] = float(value)  # steps run again after a resume: the last time counts
+    chosen = [(x["epoch"] * steps + x["step"], list(x["metrics"].values())[-1]["text_to_video"]["R@1"])
+              for x in run.results if "step" in x]
+    if len(values) == 2:  # the loss and its only part
+        del values["loss"]
+    return {name: sorted(line.items()) for name, line in values.items()}, chosen if steps else []
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def pyplot():
+    """matplotlib, set for print; one sentence where it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("figures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6,
+        "legend.fontsize": 6, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.6, "lines.linewidth": 1.0, "lines.markersize": 3, "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6, "pdf.fonttype": 42, "savefig.dpi": 300, "figure.constrained_layout.use": True,
+        "text.parse_math": False})  # a captioner's or run's name is text, whatever it holds
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_captioners(plt, found: dict[str, list[float]], bare: list[float]):
+    """Figure 3: a row a captioner, its seeds as rings, mean and spread beside them."""
+    order = sorted(found, key=lambda name: np.mean(found[name]))
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.55 + 0.22 * len(order)))
+    for row, name in enumerate(order):
+        mean, spread = mean_and_spread(found[name])
+        axes.plot(found[name], [row] * len(found[name]), "o", mfc="none", mec=BLUE, mew=0.6, zorder=3)
+        axes.errorbar(mean, row, xerr=spread or None, fmt="o", color=BLUE, capsize=2, elinewidth=0.8)
+        text = f"{mean:.1f}" + (f" ± {spread:.1f}" if spread else "")
+        axes.annotate(text, (mean, row), (0, 4), textcoords="offset points", ha="center", fontsize=6)
+    if bare:
+        axes.axvline(np.mean(bare), color=ORANGE, ls="--", label=f"without narration, {np.mean(bare):.1f}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28))
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.5, len(order) - 0.3)
+    axes.margins(x=0.15)
+    axes.set_xlabel("text-to-video R@1 (%)")
+    return figure
+
+
+def draw_distributions(plt, arrays: dict[str, np.ndarray]):
+    """Figure 6: both views, own pairs as lines and others filled, as scored and standardised."""
+    own = np.zeros(arrays["S_qv"].shape, dtype=bool)  # (B, V) True = the query's own video
+    own[np.arange(len(own)), arrays["video_of_query"]] = True
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT + 0.25))
+    for ax, title in zip(axes, ("as scored", "standardised (Eq. 11)")):
+        shown = {}
+        for name in ("S_qv", "S_qn"):
+            mean, std = matrix_statistics(torch.from_numpy(arrays[name])) if ax is axes[1] else (0.0, 1.0)
+            shown[name] = (arrays[name].astype(np.float64) - mean) / (std or 1.0)  # a constant matrix has none
+        low, high = min(x.min() for x in shown.values()), max(x.max() for x in shown.values())
+        bins = np.linspace(low, high if high > low else low + 1, 41)
+        for colour, (name, s) in zip((BLUE, ORANGE), shown.items()):
+            ax.hist(s[~own], bins, density=True, color=colour, alpha=0.35, lw=0, label=f"{name}, other videos")
+            ax.hist(s[own], bins, density=True, histtype="step", color=colour, label=f"{name}, own video")
+        ax.set_title(title)
+        ax.set_xlabel("similarity" if ax is axes[0] else "standard deviations")
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+    axes[0].set_ylabel("density")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_sweeps(plt, sweeps: dict[str, list]):
+    """Figure 7: a panel a flag, a line a set of runs that differ in it alone."""
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(WIDTH, HEIGHT), sharey=True, squeeze=False)
+    for ax, (flag, lines) in zip(axes[0], sweeps.items()):
+        configs = [config for config, _ in lines]
+        differing = [k for k in sorted(configs[0]) if k not in (flag, *NO_DIFFERENCE)
+                     and len({json.dumps(config.get(k)) for config in configs}) > 1]
+        for i, (config, found) in enumerate(lines):
+            mean, spread = np.array([mean_and_spread(values) for values in found.values()]).T
+            label = ", ".join(f"{GREEK.get(k, k)} = {config.get(k)}" for k in differing)
+            ax.errorbar([*found], mean, yerr=spread if spread.any() else None, color=COLOURS[i % len(COLOURS)],
+                        marker=MARKERS[i % len(MARKERS)], capsize=2, elinewidth=0.8, label=label)
+        ax.set_xlabel(GREEK[flag])
+        ax.margins(0.12)
+        if differing:
+            ax.legend()
+    axes[0][0].set_ylabel("text-to-video R@1 (%)")
+    return figure
+
+
+GREEK = {"lam": "λ", "eta": "η", "alpha": "α"}
+
+
+def draw_curves(plt, losses: dict[str, list], chosen: list[tuple[int, float]], split: str):
+    """Losses over steps and, where a split chose the epoch, its R@1."""
+    figure, axes = plt.subplots(1, 2 if chosen else 1, figsize=(WIDTH, HEIGHT), squeeze=False)
+    for i, (name, line) in enumerate(losses.items()):
+        axes[0][0].plot(*zip(*line), color="black" if name == "loss" else COLOURS[(i - 1) % len(COLOURS)],
+                        ls="-" if name == "loss" else "--", label=name)
+    axes[0][0].set_ylabel("loss")
+    axes[0][0].legend()
+    if chosen:
+        axes[0][1].plot(*zip(*chosen), color=BLUE, marker="o")
+        axes[0][1].set_ylabel(f"R@1 on {split} (%)")
+    for ax in axes[0]:
+        ax.set_xlabel("step")
+        ax.set_ylim(bottom=0)
+    return figure
+
+
+def draw_heatmap(plt, arrays: dict[str, np.ndarray]):
+    """Both matrices, one query of each of at most HEAT_ROWS videos, own pairs on the diagonal."""
+    videos, queries = np.unique(arrays["video_of_query"], return_index=True)
+    some = np.unique(np.linspace(0, len(videos) - 1, min(HEAT_ROWS, len(videos))).astype(int))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT + 0.15))
+    for ax, name in zip(axes, ("S_qv", "S_qn")):
+        image = ax.imshow(arrays[name][np.ix_(queries[some], videos[some])], cmap="cividis", interpolation="nearest")
+        ax.set_title(f"{name}, R@1 {own_recall(arrays, name):.1f}")
+        ax.set_xlabel("video")
+        ax.set_xticks([])
+        ax.set_yticks([])
+        bar = figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
+        bar.outline.set_visible(False)
+    axes[0].set_ylabel("query")
+    return figure
+
+
+def own_recall(arrays: dict[str, np.ndarray], name: str) -> float:
+    """Text-to-video R@1 of one whole matrix, in percent."""
+    return float(100 * np.mean(text_to_video_ranks(arrays[name], arrays["video_of_query"]) == 1))
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(figure, out: Path, name: str) -> None:
+    """PDF and PNG, whole or not at all."""
+    for kind in ("pdf", "png"):
+        temporary = out / f".{name}.tmp"
+        figure.savefig(temporary, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+        os.replace(temporary, out / f"{name}.{kind}")
+        figure.set_layout_engine("none")  # it has its layout
+    print(f"{out / name}.pdf, .png")
+
+
+def draw_one_run(plt, run: Run, out: Path) -> None:
+    """figure6, heatmap and curves of a run, or what is missing for them."""
+    name = run.name.replace("/", "_")
+    arrays = load_similarity(run)
+    if arrays:
+        write(draw_distributions(plt, arrays), out, f"figure6_{name}")
+        write(draw_heatmap(plt, arrays), out, f"heatmap_{name}")
+    elif run.config.get("method") == "narvid" and "NM" in run.config["modules"]:
+        print(f"not drawn: figure6_{name}, heatmap_{name}: no similarity.npz with S_qv and S_qn; make it:\n"
+              f"  python main_task_retrieval.py --data_dir {run.config['data_dir']} --frames {run.config['frames']} "
+              f"--narrations {run.config['narrations']} --eval_only --checkpoint {run.path / 'best.pt'} "
+              f"--save_similarity --output_dir {run.path / 'eval'}")
+    losses, chosen = curve_data(run)
+    if losses:
+        write(draw_curves(plt, losses, chosen, run.config["select_on"]), out, f"curves_{name}")
+    elif not run.config.get("eval_only"):
+        print(f"not drawn: curves_{name}: log.txt has no line of a step; train with a smaller --log_every than "
+              f"{run.config['log_every']}")
+    plt.close("all")
+
+
+def draw_comparisons(plt, runs: list[Run], out: Path) -> None:
+    """figure3 and figure7 over all runs, or what is missing for them."""
+    base = next((str(run.config["config"]) for run in of_narvid(runs) if run.config.get("config")), "PRESET.yaml")
+    command = f"  python main_task_retrieval.py --config {base}"
+    found, bare = captioner_data(runs)
+    if found:
+        write(draw_captioners(plt, found, bare), out, "figure3")
+    else:
+        print("not drawn: figure3: no two runs with narrations of different captioners and else the same flags; make "
+              f"one:\n{command} --narrations OTHER.jsonl --output_dir RUNS/captioner_other")
+    sweeps = {flag: lines for flag in ("lam", "eta") if (lines := sweep_data(runs, flag))}
+    if sweeps:
+        write(draw_sweeps(plt, sweeps), out, "figure7")
+    for flag in ("lam", "eta"):
+        if flag not in sweeps:
+            print(f"not drawn: figure7, panel {flag}: no two runs that differ in --{flag} alone; make one:\n"
+                  f"{command} --{flag} VALUE --output_dir RUNS/{flag}_VALUE")
+    plt.close("all")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw what can be drawn, say what cannot."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder with run directories")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("--run", nargs="+", metavar="NAME", help="figure6, curves and heatmap of these runs only [all]")
+    args = parser.parse_args(argv)
+    runs = read_runs(args.runs)
+    names = [run.name for run in runs]
+    if unknown := [name for name in args.run or () if name not in names]:
+        raise InputError(f"--run {unknown[0]}: {args.runs} has {', '.join(names)}")
+    plt = pyplot()
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_comparisons(plt, runs, args.out)
+    for run in runs:
+        if args.run is None or run.name in args.run:
+            draw_one_run(plt, run, args.out)
