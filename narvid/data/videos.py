@@ -29,9 +29,8 @@ SUFFIXES = (  # of what is taken for a video file
 SHORT_SIDE, QUALITY = 256, 95  # of the frames that are kept as jpgs, where nothing else is said
 CLOCK_TOLERANCE = 6e-4  # seconds; containers that count in milliseconds round a frame's time by up to half of one
 BT601, LIMITED = 6, 1  # FFmpeg's numbers for the colours that every reader assumes where a file names none
-AV_RELEASE = int(av.__version__.split(".")[0])
-ONE_THREAD = {"threads": 1} if AV_RELEASE >= 17 else {}  # older reformatters never use more
-ANY_TITLE = {"metadata_errors": "replace"} if AV_RELEASE < 19 else {}  # not UTF-8 in old files; av 19 reads them all
+# Old files carry titles that are not UTF-8. av 19 reads them all and no longer takes the argument.
+ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def decode_video(
@@ -90,7 +89,7 @@ def compress_video(
             if not count:
                 stream.height, stream.width = pixels.shape[1:]
             frame = av.VideoFrame.from_ndarray(pixels, format="yuv444p")
-            frame = halver.reformat(frame, format="yuv420p", interpolation="BICUBIC", **ONE_THREAD)
+            frame = halver.reformat(frame, format="yuv420p", interpolation="BICUBIC", threads=1)
             for _ in range(ticks):
                 frame.pts, frame.time_base, count = count, 1 / rate, count + 1
                 container.mux(stream.encode(frame))
@@ -241,8 +240,8 @@ def _pictures(path, shown, short_side, *, yuv=False):
                 interpolation="BICUBIC",
                 src_color_range=frame.color_range,
                 dst_color_range=ColorRange.MPEG if yuv else ColorRange.JPEG,
-                dst_colorspace=Colorspace.ITU601,  # RGB has none, but without it av < 17 overlooks the source's
-                **ONE_THREAD,
+                dst_colorspace=Colorspace.ITU601,  # that of yuv; RGB has none
+                threads=1,
             )
         except (av.FFmpegError, ValueError) as e:
             raise InputError(f"{path}: pixel format {frame.format.name} cannot be converted ({e})") from e
