@@ -214,7 +214,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError("figures need matplotlib: pip install matplotlib") from error
+        raise InputError(f"figures need matplotlib ({error}): pip install matplotlib") from error
     matplotlib.use("Agg")
     matplotlib.rcParams.update({
         "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6,

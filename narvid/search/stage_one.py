@@ -138,5 +138,5 @@ def _faiss():
     try:
         import faiss
     except ImportError as error:
-        raise InputError('searching this many windows needs FAISS: pip install "narvid[search]"') from error
+        raise InputError(f'searching this many windows needs FAISS ({error}): pip install "narvid[search]"') from error
     return faiss
