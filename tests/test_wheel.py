@@ -15,6 +15,8 @@ import pytest
 import torch
 from test_frames import make_clip
 
+pytest.importorskip("pip")  # a uv environment has none
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,11 +60,11 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
 def test_two_clips_are_indexed_and_found_by_the_installed_command(wheel, weights, tmp_path):
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
-    paths = {"base": str(home), "platbase": str(home)}
-    beside = Path(sysconfig.get_path("purelib", "venv", paths))
     packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}  # torch and the others, not once more
-    (beside / "beside.pth").write_text("".join(f"{folder}\n" for folder in packages))
     python = home / "bin" / "python"
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    beside = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    (beside / "beside.pth").write_text("".join(f"{folder}\n" for folder in packages))
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
 
     empty = tmp_path / "empty"
