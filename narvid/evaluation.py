@@ -7,22 +7,19 @@ Legend: B queries, V videos, K frames, D joint dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from narvid import InputError, fusion
 from narvid.data.datasets import FrameDataset, Split, collate, make_loader, tokenize
 from narvid.distributed import World, agree, collect, join_columns, share, total
 from narvid.metrics import retrieval_metrics
-from narvid.model import Videos
-from narvid.similarity import filter_weights
+from narvid.progress import bar
 
 
 class Encoding(NamedTuple):
@@ -51,7 +48,7 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Name
                        with_queries=False)
     loader = make_loader(dataset, to_batch, batches, num_workers=encoding.num_workers)
     parts = []
-    for batch in tqdm(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
+    for batch in bar(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
         batch = batch.to(world.device)
         with encoding.autocast():
             parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
@@ -72,8 +69,8 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
     # Several batches go to one `score`, which prepares the videos anew in every call. Its tiles hold few enough pairs
     # for a CPU's cache, and on a GPU enough of them to be worth a kernel.
     block = (4 if world.device.type == "cuda" else 2) * encoding.batch_size
-    for rows in tqdm(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
-                     disable=world.rank > 0):
+    for rows in bar(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
+                    disable=world.rank > 0):
         encoded = _encode_queries(model, tokens[rows], word_mask[rows], encoding, world)
         for view, part in encoding.score(encoded, videos, block=block).items():  # in fp32, as in training
             scores[view][rows] = part.float().cpu()
@@ -102,40 +99,21 @@ def concatenate(parts: list[NamedTuple]) -> NamedTuple:
 
 
 @torch.no_grad()
-def frames_kept(model, queries: list[str], videos: Videos, encoding: Encoding, world: World,
-                **filter_options) -> dict[str, float]:
+def frames_kept(model, queries: list[str], videos: NamedTuple, encoding: Encoding, world: World) -> dict[str, float]:
     """Table 4's numbers in parentheses: how many frames, and sentences, the filter keeps of a video, mean over pairs.
 
-    Of at most 1,000 queries, evenly taken, with every video. videos: this rank's share. filter_options: those of
-    similarity.filter_weights.
+    Of at most 1,000 queries, evenly taken, with every video; {} for a method without a filter. videos: this rank's.
     """
     queries = queries[::-(-len(queries) // 1000)]
-    views = {"video": (F.normalize(videos.frames.double(), dim=-1), videos.mask)}
-    if videos.narration is not None:
-        views["narration"] = (F.normalize(videos.narration.double(), dim=-1), videos.narration_mask)
-    kept = dict.fromkeys(views, 0)
+    kept: dict[str, int] = {}
     for start in range(0, len(queries), encoding.batch_size):
         tokens, word_mask = tokenize(queries[start:start + encoding.batch_size], encoding.max_words)
         with encoding.autocast():
-            eos = model.encode_queries(tokens.to(world.device), word_mask.to(world.device)).eos
-        for view, (features, mask) in views.items():
-            cosine = torch.einsum("bd,vkd->bvk", F.normalize(eos.double(), dim=-1), features)
-            kept[view] += int((filter_weights(cosine, mask, **filter_options) > 0).sum())
-    pairs = total(len(queries) * len(videos.mask), world)
+            encoded = model.encode_queries(tokens.to(world.device), word_mask.to(world.device))
+        for view, weights in (model.kept(encoded, videos) or {}).items():
+            kept[view] = kept.get(view, 0) + int((weights > 0).sum())
+    pairs = total(len(queries) * len(videos[0]), world)
     return {view: total(count, world) / pairs for view, count in kept.items()}
-
-
-def combine(scores: dict[str, Tensor], weight: float,
-            statistics: fusion.Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view.
-
-    The last one is the method's result. Methods with other views bring a `combine` of their own.
-    """
-    yield "S_qv", scores["video"]
-    if "narration" in scores:
-        yield "S_qn", scores["narration"]
-        yield "S_sum", scores["video"] + scores["narration"]
-        yield "S_fusion", fusion.fuse(scores["video"], scores["narration"], weight, statistics)
 
 
 def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable) -> dict[str, dict]:
@@ -188,6 +166,8 @@ def show(result: dict) -> str:
     """The tables of one result."""
     what = f"{result['split']}: {result['queries']} queries, {result['videos']} videos"
     what += f"; epoch chosen on {result['select_on']}"
+    if "epoch" in result:  # of steps inside an epoch that has not ended; 0 behind an epoch's last
+        what += f" (after epoch {result['epoch']}" + (f" and {result['step']} steps)" if result["step"] else ")")
     if result["videos_without_narration"]:
         what += f"; {result['videos_without_narration']} more have no narration"
     if result["videos_missing"]:

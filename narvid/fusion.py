@@ -6,6 +6,8 @@ at a time, so their results stand in columns of their own and are never mixed wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,19 @@ def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: 
         raise ValueError(f"the two views differ in shape: {tuple(s_video.shape)} and {tuple(s_narration.shape)}")
     of_video, of_narration = statistics or (matrix_statistics(s_video), matrix_statistics(s_narration))
     return 2 * (weight * _standardise(s_video, *of_video) + (1 - weight) * _standardise(s_narration, *of_narration))
+
+
+def combine(scores: dict[str, Tensor], weight: float,
+            statistics: Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view.
+
+    The last one is the method's result. Methods with other views bring a `combine` of their own.
+    """
+    yield "S_qv", scores["video"]
+    if "narration" in scores:
+        yield "S_qn", scores["narration"]
+        yield "S_sum", scores["video"] + scores["narration"]
+        yield "S_fusion", fuse(scores["video"], scores["narration"], weight, statistics)
 
 
 def dsl(similarity: Tensor, scale: float, over: str) -> Tensor:

@@ -57,6 +57,24 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     return scores
 
 
+def kept(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
+         temperature: float = 0.1, fidelity: str = "reported") -> dict[str, Tensor]:
+    """The weights with which each query looks at frames and sentences: what `match` uses, to be shown or counted.
+
+    Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
+    None. The filter's arguments are those of `filter_weights`.
+    """
+    views = {"video": (videos.frames, videos.mask)}
+    if videos.narration is not None:
+        views["narration"] = (videos.narration, videos.narration_mask)
+    eos, weights = F.normalize(queries.eos.double(), dim=-1), {}
+    for name, (features, mask) in views.items():
+        cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
+        weights[name] = filter_weights(cosine, mask, method=method, p=p, k=k, temperature=temperature,
+                                       fidelity=fidelity)
+    return weights
+
+
 def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
                    temperature: float = 0.1, fidelity: str = "reported") -> Tensor:
     """Query-aware adaptive filtering (Sec. 3.4, Eq. 4): how much of each frame a query looks at.

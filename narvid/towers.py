@@ -55,7 +55,7 @@ class ClipConfig:
 
 
 def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None = None, *,
-              half: bool = False) -> tuple[CLIP, ClipConfig]:
+              half: bool = False) -> CLIP:
     """The towers of open_clip's model `name` (or of a model config in a .json file), with weights where given.
 
     pretrained: an open_clip tag ("openai", "laion2b_s34b_b79k", ...), or a file: OpenAI's TorchScript archive, a state
@@ -96,7 +96,7 @@ def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None 
         load_weights(towers, state, source=pretrained)
     else:  # open_clip's N(0, 0.02) is made for 10^5 steps: with it, texts stay nearly alike for the first hundreds
         nn.init.normal_(towers.token_embedding.weight, std=0.3)
-    return towers, config
+    return towers
 
 
 class PatchProduct(nn.Module):
@@ -118,8 +118,9 @@ class PatchProduct(nn.Module):
 
 
 def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
-    """open_clip's CLIP with random weights; ValueError unless it is a ViT with the plain causal text tower.
+    """open_clip's CLIP with random weights, and its `config`.
 
+    ValueError unless it is a ViT with the plain causal text tower.
     `half` builds LayerNorms that compute in fp32 between fp16 weights (see optim.to_half).
     """
     settings = asdict(config)
@@ -130,6 +131,7 @@ def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
     if not plain:
         raise ValueError("the towers must be a ViT and a causal text transformer pooled at the end token, as OpenAI's "
                          "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
+    towers.config = config
     towers.visual.conv1 = PatchProduct(towers.visual.conv1.weight)
     towers.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
     towers.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)

@@ -24,15 +24,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import main_task_retrieval as trainer
 from narvid import InputError
 from narvid.flags import count, positive
 from narvid.metrics import paired_bootstrap
+from narvid.model import MODULES
 from narvid.run.run_dir import RunDir, load_checkpoint
+from narvid.run import settings
 from narvid.report.comparison import read_ranks, read_side, spread
 
-MODULES = {name: ["--modules", *trainer.MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
-ROWS = MODULES | {  # run -> its flags beyond the preset, which switches all four modules on
+LADDER = {name: ["--modules", *MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
+ROWS = LADDER | {  # run -> its flags beyond the preset, which switches all four modules on
     "cvh": [], "none": ["--filter", "none"],
     "top3": ["--filter", "topk", "--filter_k", "3"], "top4": ["--filter", "topk", "--filter_k", "4"],
     "nucleus0.3": ["--filter_p", "0.3"], "nucleus0.4": ["--filter_p", "0.4"], "hard_nce": ["--hard_loss", "nce"],
@@ -102,7 +103,7 @@ def train(argv: list[str], threads: int) -> None:
 def unfinished_runs(runs: dict[str, list[str]]) -> dict[str, list[str]]:
     """Those that have not ended; InputError where a folder holds a run with other flags."""
     return {name: argv for name, argv in runs.items()
-            if not RunDir(Path(argv[-1]), vars(trainer.parse_args(argv)), resume=True, writes=True).final_result()}
+            if not RunDir(Path(argv[-1]), vars(settings.parse_args(argv)), resume=True, writes=True).final_result()}
 
 
 def train_all(runs: dict[str, list[str]], *, jobs: int, threads: int) -> None:
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     common = ["--config", args.config, *args.more, "--data_dir", str(data), "--frames", str(args.corpus / "frames"),
               "--narrations", str(args.corpus / "narrations.jsonl"), "--clip_pretrained", str(towers),
               "--select_on", "last", "--resume", "auto"]
-    batch_size = trainer.parse_args([*common, "--output_dir", str(args.out)]).batch_size
+    batch_size = settings.parse_args([*common, "--output_dir", str(args.out)]).batch_size
     take_pairs(args.corpus, data, pairs=args.steps * batch_size, on=args.on)
     runs_of = {name: [args.out / f"{name}_seed{seed}" for seed in args.seeds] for name in args.only}
     runs = {f"{name}, seed {seed}": [*common, *ROWS[name], "--seed", str(seed), "--output_dir", str(runs_of[name][i])]

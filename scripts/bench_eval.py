@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from narvid.evaluation import combine, table_of_matrices
+from narvid.evaluation import table_of_matrices
+from narvid.fusion import combine
 from narvid.flags import Parser, positive
 from narvid.metrics import text_to_video_ranks
 from narvid.model import Heads, NarVidConfig, Queries, Videos

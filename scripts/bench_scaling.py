@@ -91,7 +91,8 @@ def measure(args: argparse.Namespace, world: distributed.World) -> tuple[list, c
              args.precision, "--batch_size", args.videos * world.size, "--max_frames", args.frames]
     options = trainer.parse_args([str(word) for word in flags])
     trainer.seed_everything(options)
-    model, config = trainer.build_model(options)
+    model = trainer.build_model(options)
+    config = model.clip.config
     model.to(world.device).train()
     optimizer = optim.build_optimizer(model, recipe="modern", lr=1e-4, clip_lr=1e-6, weight_decay=0.2)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)

@@ -70,7 +70,8 @@ class Bench:
         self.args = trainer.parse_args(["--clip_model", args.model, "--precision", args.precision, "--max_frames",
                                         str(args.frames), "--select_on", "last", "--output_dir", "unused"])
         trainer.seed_everything(self.args)
-        self.model, config = trainer.build_model(self.args)
+        self.model = trainer.build_model(self.args)
+        config = self.model.clip.config
         self.model.to(world.device).train()
         self.side = config.image_size
         self.optimizer = optim.build_optimizer(self.model, recipe="modern", lr=1e-4, clip_lr=1e-6, weight_decay=0.2)

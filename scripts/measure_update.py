@@ -81,14 +81,14 @@ def measure(argv: list[str], steps: int, world: distributed.World, splits: dict 
     args = trainer.parse_args(argv)
     trainer.seed_everything(args)
     splits = splits or trainer.load_data(args, world)
-    model, clip_config = trainer.build_model(args)
+    model = trainer.build_model(args)
     model.to(world.device).train()
     train = splits["train"]
     sampler = PairSampler(len(train.queries), args.batch_size, rank=0, world_size=1, seed=args.seed,
                           accumulation=args.gradient_accumulation_steps)
     if steps > sampler.steps:
         raise InputError(f"--steps {steps}: one epoch has {sampler.steps}; ask for fewer")
-    dataset = FrameDataset(train, train.video_of_query, clip_config.image_size, seed=args.seed)
+    dataset = FrameDataset(train, train.video_of_query, model.clip.config.image_size, seed=args.seed)
     to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
     batches = iter(make_loader(dataset, to_batch, sampler, num_workers=args.num_workers))
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,

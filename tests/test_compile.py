@@ -104,6 +104,6 @@ def test_flag_compiles_the_towers_of_every_method(monkeypatch, corpus, tmp_path)
     seen = []
     monkeypatch.setattr(clip, "compile_blocks", lambda towers, device: seen.append(towers))
     for more in (["--compile"], ["--compile", "--method", "clip4clip"], []):
-        model, _ = trainer.build_model(trainer.parse_args(tiny.flags(corpus, tmp_path / "run", *more)))
+        model = trainer.build_model(trainer.parse_args(tiny.flags(corpus, tmp_path / "run", *more)))
         assert seen == ([model.clip] if more else [])
         seen.clear()

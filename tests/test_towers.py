@@ -143,7 +143,8 @@ def normalised(frames):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_features_equal_the_numpy_clip_from_every_form_of_file(folder, form):
-    towers, config = load(folder, form, None if form in SAYS_QUICK_GELU else True)
+    towers = load(folder, form, None if form in SAYS_QUICK_GELU else True)
+    config = towers.config
     assert config.quick_gelu
     state = {key: value.double().numpy() for key, value in bare_state().items()}
     frames, tokens = some_frames(), some_texts()
@@ -168,7 +169,7 @@ def test_the_archive_really_is_torchscript_in_half_precision(folder):
 
 
 def test_weights_are_those_of_the_file_and_fp32(folder):
-    towers, _ = load(folder, "archive.pt")
+    towers = load(folder, "archive.pt")
     for key, value in bare_state().items():
         got = towers.state_dict()[key]
         assert got.dtype == torch.float32 and torch.equal(got, value.float())
@@ -185,7 +186,7 @@ def uses_quick_gelu(towers):
 
 @pytest.mark.parametrize("form", SAYS_QUICK_GELU)
 def test_the_archives_own_keys_choose_quick_gelu_and_contradiction_is_refused(folder, form):
-    assert uses_quick_gelu(load(folder, form)[0]) and uses_quick_gelu(load(folder, form, True)[0])
+    assert uses_quick_gelu(load(folder, form)) and uses_quick_gelu(load(folder, form, True))
     message = refusal(folder / "small.json", folder / form, False)
     assert form in message and "was trained with QuickGELU" in message and "--no-quick_gelu" in message
 
@@ -194,14 +195,14 @@ def test_the_archives_own_keys_choose_quick_gelu_and_contradiction_is_refused(fo
 def test_a_file_that_does_not_tell_demands_a_flag(folder, form):
     message = refusal(folder / "small.json", folder / form)
     assert form in message and "--quick_gelu" in message and "--no-quick_gelu" in message
-    assert uses_quick_gelu(load(folder, form, True)[0]) and not uses_quick_gelu(load(folder, form, False)[0])
+    assert uses_quick_gelu(load(folder, form, True)) and not uses_quick_gelu(load(folder, form, False))
 
 
 def test_a_model_config_may_say_quick_gelu_itself(folder, tmp_path):
     config = tmp_path / "small-quickgelu.json"
     config.write_text(json.dumps({**SMALL, "quick_gelu": True}))
-    assert uses_quick_gelu(clip.load_clip(str(config), str(folder / "bare.pt"))[0])
-    assert not uses_quick_gelu(clip.load_clip(str(folder / "small.json"))[0])  # random weights need none
+    assert uses_quick_gelu(clip.load_clip(str(config), str(folder / "bare.pt")))
+    assert not uses_quick_gelu(clip.load_clip(str(folder / "small.json")))  # random weights need none
 
 
 @pytest.fixture
@@ -216,7 +217,8 @@ def hub(folder, monkeypatch):
     [("ViT-B-32", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False), ("ViT-B-32-quickgelu", "openai", True)],
 )
 def test_the_tag_chooses_the_activation(hub, name, tag, quick):
-    towers, config = clip.load_clip(name, tag)
+    towers = clip.load_clip(name, tag)
+    config = towers.config
     assert uses_quick_gelu(towers) == config.quick_gelu == quick
     assert config.mean == tuple(open_clip.OPENAI_DATASET_MEAN) and config.std == tuple(open_clip.OPENAI_DATASET_STD)
     assert f"was trained with{'' if quick else 'out'} QuickGELU" in refusal(name, tag, not quick)
@@ -391,12 +393,12 @@ def test_a_jpg_arrives_as_in_open_clips_own_preprocessing(tmp_path):
 
 def test_half_towers_compute_close_to_full_ones(folder):
     """Recipe `reported`: the dtypes are again those of OpenAI's file, so the weights are exactly the file's."""
-    towers, _ = load(folder, "archive.pt", half=True)
+    towers = load(folder, "archive.pt", half=True)
     to_half(towers.eval())
     for key, value in bare_state().items():
         got = towers.state_dict()[key]
         assert got.dtype == value.dtype and torch.equal(got, value), key
-    full, _ = load(folder, "archive.pt")
+    full = load(folder, "archive.pt")
     with torch.no_grad():
         got = (clip.encode_frames(towers, some_frames()), *clip.encode_text(towers, some_texts()))
         want = (clip.encode_frames(full, some_frames()), *clip.encode_text(full, some_texts()))

@@ -132,10 +132,10 @@ def first_step(argv: list[str], rank: int = 0, world_size: int = 1) -> FirstStep
     args = trainer.parse_args(argv)
     trainer.seed_everything(args)
     split = trainer.load_data(args, World(0, 1, torch.device("cpu")))["train"]
-    model, config = trainer.build_model(args)
+    model = trainer.build_model(args)
     sampler = PairSampler(len(split.queries), args.batch_size, rank=rank, world_size=world_size, seed=args.seed,
                           accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(split, split.video_of_query, config.image_size)
+    dataset = FrameDataset(split, split.video_of_query, model.clip.config.image_size)
     items = list(sampler)[:args.gradient_accumulation_steps]
     batches = [collate([dataset[i] for i in some], split=split, max_words=args.max_words, max_frames=args.max_frames,
                        with_queries=True) for some in items]
@@ -153,7 +153,7 @@ def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, floa
 def losses(run: Path) -> list[float]:
     """The loss of every step, from the run's log."""
     log = (run / "log.txt").read_text()
-    return [float(value) for value in re.findall(r"^epoch \d+ step .* loss (\S+)", log, re.MULTILINE)]
+    return [float(value) for value in re.findall(r"^[\d:]+ epoch \d+ step .* loss (\S+)", log, re.MULTILINE)]
 
 
 def results(run: Path) -> list[dict]:

@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narvid import InputError
-from narvid.towers import ClipConfig, encode_frames, encode_text
+from narvid.towers import encode_frames, encode_text
 from narvid.flags import positive, share
 from narvid.losses import nce
+from narvid.methods.protocol import Method
 from narvid.model import CoAttentionStream, TemporalEncoder, _init_linear, _widen, place_frames
 
 TITLE_LAYERS = 2
@@ -98,10 +99,31 @@ class TitleBranch(nn.Module):
         return (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
 
 
-class Cap4Video(nn.Module):
+class Cap4Video(Method, nn.Module):
     """The towers, the video branch and the title branch; `stage` says which of the two is trained."""
 
-    uses = "titles"
+    max_frames = POSITIONS
+    loss_flags = frozenset({"titles"})  # files, which may lie elsewhere next time
+
+    @classmethod
+    def views(cls, flags) -> tuple[str, ...]:
+        """There is no title score before stage 2."""
+        return ("video",) if flags.stage == "video" else ("video", "titles")
+
+    @classmethod
+    def reads(cls, flags) -> set[str]:
+        """Titles in place of a narration."""
+        return {"frames", "titles"}
+
+    @classmethod
+    def features_suffice(cls, flags) -> bool:
+        """The title branch has a LayerNorm and a projection of its own inside the text tower."""
+        return flags.stage == "video"
+
+    @classmethod
+    def unread(cls, flags) -> set[str]:
+        """Scores are added with --title_weight, which stage video does not need."""
+        return {"fusion_weight"} | ({"title_weight"} if flags.stage == "video" else set())
 
     @staticmethod
     def add_flags(group) -> None:
@@ -117,11 +139,11 @@ class Cap4Video(nn.Module):
         group.add_argument("--temporal_layers", type=positive, default=4, help="blocks of the frames' temporal encoder")
         group.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
 
-    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, stage: str, titles: list[str] | None,
-                 max_titles: int, title_weight: float, temporal_layers: int, dropout: float):
+    def __init__(self, towers: nn.Module, *, stage: str, titles: list[str] | None, max_titles: int,
+                 title_weight: float, temporal_layers: int, dropout: float):
         """titles: the files, for the loader alone."""
         super().__init__()
-        dim = clip_config.embed_dim
+        dim = towers.config.embed_dim
         if dim % 64:
             raise ValueError(f"the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.clip, self.stage, self.title_weight = towers, stage, title_weight
@@ -137,11 +159,6 @@ class Cap4Video(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("clip."):  # the towers are the trainer's: --freeze_layers, --freeze_towers
                 parameter.requires_grad_(name.startswith("titles.") == (stage == "titles"))
-
-    @property
-    def views(self) -> tuple[str, ...]:
-        """Keys of `score`: there is no title score before stage 2."""
-        return ("video",) if self.stage == "video" else ("video", "titles")
 
     # ---- features ----
 

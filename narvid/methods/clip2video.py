@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narvid.towers import ARCHIVE_KEYS, ClipConfig, encode_frames, encode_text, load_weights
+from narvid.towers import ARCHIVE_KEYS, encode_frames, encode_text, load_weights
 from narvid.flags import positive, share
 from narvid.fusion import Statistics
 from narvid.losses import nce
+from narvid.methods.protocol import Method
 from narvid.model import NarVidConfig, TemporalBlock, _init_linear, _widen, place_frames
 
 
@@ -47,11 +48,15 @@ class Videos(NamedTuple):
     aligned: Tensor  # (V, D)
 
 
-class CLIP2Video(nn.Module):
+class CLIP2Video(Method, nn.Module):
     """The towers, the temporal difference block (TDB) and the temporal alignment block (TAB)."""
 
-    views = ("global", "alignment")
-    uses = None
+    max_frames = NarVidConfig.positions
+
+    @classmethod
+    def views(cls, flags) -> tuple[str, ...]:
+        """Both scores of a pair."""
+        return "global", "alignment"
 
     @staticmethod
     def add_flags(group) -> None:
@@ -61,14 +66,14 @@ class CLIP2Video(nn.Module):
                            help="w: weight of the global loss, 1 - w of the alignment loss")
         group.add_argument("--temporal_layers", type=positive, default=4, help="blocks over frames and differences")
 
-    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, centers: int, center_weight: float,
+    def __init__(self, towers: nn.Module, *, centers: int, center_weight: float,
                  temporal_layers: int):
         """Heads start from the text tower's positions and first blocks where it is as wide as D, else from N(0, 0.02).
 
         Raises ValueError where D is no multiple of 64, the width of a head.
         """
         super().__init__()
-        dim = clip_config.embed_dim
+        dim = towers.config.embed_dim
         if dim % 64:
             raise ValueError(f"the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.center_weight = center_weight
@@ -83,11 +88,6 @@ class CLIP2Video(nn.Module):
         self.apply(_init_linear)
         self.clip = towers  # after the initialisation of the heads: it must not touch the towers
         self._start_from_text_tower()
-
-    def forward(self, tokens: Tensor, word_mask: Tensor, frames: Tensor, mask: Tensor, sentences: Tensor | None,
-                sentence_of_frame: Tensor | None, narration_mask: Tensor | None) -> tuple[Queries, Videos, Tensor]:
-        """A training batch -> features and logit scale; arguments as in `encode_queries` and `encode_videos`."""
-        return self.encode_queries(tokens, word_mask), self.encode_videos(frames, mask), self.clip.logit_scale.exp()
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries. The start token is not aligned, the end token is."""

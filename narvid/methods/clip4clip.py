@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from narvid import InputError, losses
-from narvid.towers import ARCHIVE_KEYS, ClipConfig, PatchProduct, encode_frames, encode_text, load_weights
+from narvid.towers import ARCHIVE_KEYS, PatchProduct, encode_frames, encode_text, load_weights
 from narvid.flags import positive
+from narvid.methods.protocol import Method
 from narvid.model import NarVidConfig, TemporalEncoder, _init_linear, _widen, place_frames
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
@@ -88,11 +89,10 @@ class PairTransformer(nn.Module):
         return self.logit(h * torch.sigmoid(1.702 * h)).view(b, v)
 
 
-class CLIP4Clip(nn.Module):
+class CLIP4Clip(Method, nn.Module):
     """The towers and one of the four heads."""
 
-    views = ("video",)
-    uses = None
+    max_frames = NarVidConfig.positions
 
     @staticmethod
     def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -105,11 +105,32 @@ class CLIP4Clip(nn.Module):
         group.add_argument("--normalize_frames", action=argparse.BooleanOptionalAction, default=True,
                            help="bring each frame to length 1 before the mean; MMAction2 does not")
 
-    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, head: str, temporal_layers: int,
+    @classmethod
+    def score_has_parameters(cls, flags) -> bool:
+        """tightTransf is trained on pairs."""
+        return flags.head == "tightTransf"
+
+    @classmethod
+    def features_suffice(cls, flags) -> bool:
+        """A 3-d patch kernel is trained on pixels."""
+        return flags.linear_patch == "2d"
+
+    @classmethod
+    def searchable(cls, flags) -> bool:
+        """tightTransf has no vector of a video."""
+        return flags.head != "tightTransf"
+
+    @classmethod
+    def unread(cls, flags) -> set[str]:
+        """meanP and seqLSTM have no blocks, tightTransf no mean."""
+        unread = super().unread(flags) | ({"temporal_layers"} if not flags.head.endswith("Transf") else set())
+        return unread | ({"normalize_frames"} if flags.head == "tightTransf" else set())
+
+    def __init__(self, towers: nn.Module, *, head: str, temporal_layers: int,
                  linear_patch: str, normalize_frames: bool):
         """Heads start from the text tower's positions and first blocks, where it is as wide as the joint dimension."""
         super().__init__()
-        dim = clip_config.embed_dim
+        dim = towers.config.embed_dim
         if head.endswith("Transf") and dim % 64:
             raise ValueError(f"--head {head}: the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.clip = towers
@@ -129,11 +150,6 @@ class CLIP4Clip(nn.Module):
             # --freeze_layers freezes conv1, and a frozen kernel would stay the 2-d one.
             towers.visual.conv2 = PatchProduct(nn.Parameter(torch.cat([zeros, kernel, zeros], dim=1)))
             towers.visual.conv1 = nn.Identity()
-
-    def forward(self, tokens: Tensor, word_mask: Tensor, frames: Tensor, mask: Tensor, sentences: None = None,
-                sentence_of_frame: None = None, narration_mask: None = None) -> tuple[Queries, Videos, Tensor]:
-        """A training batch -> features and logit scale; arguments as in `encode_queries` and `encode_videos`."""
-        return self.encode_queries(tokens, word_mask), self.encode_videos(frames, mask), self.clip.logit_scale.exp()
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narvid import losses
-from narvid.towers import ClipConfig, encode_text, load_weights
+from narvid.towers import encode_text, load_weights
 from narvid.flags import share
+from narvid.methods.protocol import Method
 from narvid.model import _widen
 
 TAPS = 4  # blocks of the image tower, from the last one down, that feed the decoder
@@ -102,11 +103,18 @@ class Decoder(nn.Module):
         return self.ln_post((1 - share_of_mean) * token[:, 0] + share_of_mean * mean) @ self.proj  # (V, D)
 
 
-class InternVideo(nn.Module):
+class InternVideo(Method, nn.Module):
     """The towers and the decoder."""
 
-    views = ("video",)
-    uses = None
+    @classmethod
+    def features_suffice(cls, flags) -> bool:
+        """The decoder reads the image tower's last blocks."""
+        return False
+
+    @classmethod
+    def averages_clip(cls, flags) -> bool:
+        """As the release evaluates some corpora."""
+        return flags.merge_clip > 0
 
     @staticmethod
     def add_flags(group) -> None:
@@ -119,7 +127,7 @@ class InternVideo(nn.Module):
         group.add_argument("--freeze_output", action=switch, default=False,
                            help="as the release: do not train projection, last LayerNorm, video token and balance")
 
-    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, merge_clip: float = 0.0,
+    def __init__(self, towers: nn.Module, *, merge_clip: float = 0.0,
                  unmasked_padding: bool = False, freeze_output: bool = False):
         super().__init__()
         self.clip, self.decoder = towers, Decoder(towers.visual)
@@ -127,13 +135,6 @@ class InternVideo(nn.Module):
         if freeze_output:
             for name, parameter in self.decoder.named_parameters():
                 parameter.requires_grad_(name.startswith("layers."))
-
-    def forward(self, tokens: Tensor, word_mask: Tensor, frames: Tensor, mask: Tensor, sentences: Tensor | None,
-                sentence_of_frame: Tensor | None, narration_mask: Tensor | None) -> tuple[Queries, Videos, Tensor]:
-        """A training batch -> features and logit scale; arguments as in narvid.model.NarVid.forward."""
-        return (self.encode_queries(tokens, word_mask),
-                self.encode_videos(frames, mask, sentences, sentence_of_frame, narration_mask),
-                self.clip.logit_scale.exp())
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries."""

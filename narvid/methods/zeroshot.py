@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narvid.towers import ClipConfig, encode_frames, encode_text, load_released_towers
+from narvid.towers import encode_frames, encode_text, load_released_towers
+from narvid.methods.protocol import Method
 from narvid.model import _widen, place_frames
 from narvid.methods.clip4clip import Queries, mean_pool
 
@@ -31,10 +32,25 @@ class Videos(NamedTuple):
     narration: Tensor | None  # (V, D) of length 1; None where the narration is not used
 
 
-class ZeroShot(nn.Module):
+class ZeroShot(Method, nn.Module):
     """The towers alone. It has no `loss`: the trainer only evaluates it."""
 
-    uses = "narration"
+    trained = False
+
+    @classmethod
+    def views(cls, flags) -> tuple[str, ...]:
+        """S_qn too, unless the narration is switched off."""
+        return ("video", "narration") if flags.use_narration else ("video",)
+
+    @classmethod
+    def reads(cls, flags) -> set[str]:
+        """The narration too, unless it is switched off."""
+        return {"frames", "narration"} if flags.use_narration else {"frames"}
+
+    @classmethod
+    def searchable(cls, flags) -> bool:
+        """A video is a vector a view."""
+        return True
 
     @staticmethod
     def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -42,10 +58,10 @@ class ZeroShot(nn.Module):
         group.add_argument("--use_narration", action=argparse.BooleanOptionalAction, default=True,
                            help="score the narration too; off for a corpus without one")
 
-    def __init__(self, towers: nn.Module, clip_config: ClipConfig, *, use_narration: bool):
+    def __init__(self, towers: nn.Module, *, use_narration: bool):
         super().__init__()
         self.clip = towers
-        self.views = ("video", "narration") if use_narration else ("video",)
+        self.use_narration = use_narration
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
@@ -59,7 +75,7 @@ class ZeroShot(nn.Module):
         """
         video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         narration = None
-        if "narration" in self.views:
+        if self.use_narration:
             eos = _widen(encode_text(self.clip, sentences, words=False)[0])  # (U, D)
             narration = mean_pool(eos[sentence_of_frame], narration_mask)
         return Videos(mean_pool(video, mask), narration)
@@ -67,7 +83,8 @@ class ZeroShot(nn.Module):
     def score(self, queries: Queries, videos: Videos, *, block: int | None = None) -> dict[str, Tensor]:
         """{"video": (B, V), "narration": (B, V)}, cosines; one product each, so `block` is not needed."""
         eos = F.normalize(queries.eos, dim=-1)
-        return {view: eos @ getattr(videos, view).T for view in self.views}
+        views = ("video", "narration") if self.use_narration else ("video",)
+        return {view: eos @ getattr(videos, view).T for view in views}
 
     def load_release(self, state: dict, source: str) -> None:
         """The towers of any released checkpoint that keeps them under "clip."; what it trained on top is left out."""

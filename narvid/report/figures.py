@@ -188,19 +188,22 @@ def load_similarity(run: Run) -> dict[str, np.ndarray] | None:
     return arrays if len(arrays) == 3 else None
 
 
+LOGGED_STEP = r"^(?:\d\d:\d\d:\d\d )?epoch (\d+) step (\d+)/(\d+) (loss .*?) lr "  # the time is missing in old logs
+
+
 def curve_data(run: Run) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[int, float]]]:
     """log.txt and results.jsonl -> {"loss" and its parts: [(step, value)]}, [(step, R@1 of the choosing split)]."""
     path = run.path / "log.txt"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     steps = 0
-    for epoch, step, total, parts in re.findall(r"^epoch (\d+) step (\d+)/(\d+) (loss .*) lr ", text, re.MULTILINE):
+    for epoch, step, total, parts in re.findall(LOGGED_STEP, text, re.MULTILINE):
         steps = int(total)
         at, words = (int(epoch) - 1) * steps + int(step), parts.split()
         for name, value in zip(words[::2], words[1::2]):
             values[name][at] = float(value)  # steps run again after a resume: the last time counts
     chosen = [(x["epoch"] * steps + x["step"], list(x["metrics"].values())[-1]["text_to_video"]["R@1"])
-              for x in run.results if "step" in x]
+              for x in run.results if "step" in x and not x.get("final")]
     if len(values) == 2:  # the loss and its only part
         del values["loss"]
     return {name: sorted(line.items()) for name, line in values.items()}, chosen if steps else []

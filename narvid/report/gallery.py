@@ -16,26 +16,26 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.data.datasets import Split, tokenize
-from narvid.evaluation import Encoding, combine, encode_videos, score_queries
+from narvid.evaluation import Encoding, encode_videos, score_queries
 from narvid.flags import Parser, as_argv, positive
 from narvid.data.frames import frame_paths, load_frame_index, read_frames
 from narvid.metrics import text_to_video_ranks
-from narvid.model import Videos
-from narvid.similarity import filter_weights
+from narvid.methods import METHODS
+from narvid.run.build import build_model, encoding_of, load_data
+from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
 from narvid.report.comparison import read_ranks
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -53,8 +53,7 @@ class Measured(NamedTuple):
     split: Split
     times: list[list[float]]  # V lists: seconds of each picked frame
     matrices: dict[str, np.ndarray]  # name -> (B, V), the method's result last
-    eos: Tensor | None  # (B, D); None for a method without the query-aware filter
-    videos: Videos | None  # (V, K, D) each, on the CPU
+    kept: Callable  # (query, shown videos) -> {view: (n, K)} weights; {} for a method without the query-aware filter
 
 
 class Side(NamedTuple):
@@ -78,7 +77,10 @@ def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespa
     if not isinstance(config, dict) or "data_dir" not in config:
         raise InputError(f"{path}: is no run's config.yaml; name the folder of a run")
     checkpoint = str(run / "best.pt") if (run / "best.pt").exists() else config.get("checkpoint")
-    if not checkpoint and config.get("method") != "zeroshot":
+    method = config.get("method", DEFAULT_METHOD)
+    if method not in METHODS:
+        raise InputError(f"{path}: there is no method {method}; name the folder of a run of this code")
+    if not checkpoint and METHODS[method].trained:
         raise InputError(f"{run / 'best.pt'}: is missing; name the folder of a run that has ended")
     kept = {flag: value for flag, value in config.items() if value is not None and flag not in NOT_TAKEN}
     data_dir = data_dir or config["data_dir"]
@@ -89,35 +91,34 @@ def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespa
         if paths and [Path(x) for x in paths] != [Path(config["data_dir"], default)]:  # lies somewhere else
             argv += [f"--{flag}", *paths]
     argv += ["--checkpoint", checkpoint] if checkpoint else []
-    return trainer.parse_args([*as_argv(kept, path, trainer.build_parser(config.get("method", "narvid"))), *argv])
+    return parse_args([*as_argv(kept, path, build_parser(method)), *argv])
 
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, world: distributed.World) -> Measured:
     """The test split through the trainer's own functions."""
-    split = trainer.load_data(args, world)["test"]
-    model, clip_config = trainer.build_model(args)
+    split = load_data(args, world)["test"]
+    model = build_model(args)
     model.to(world.device).eval()
-    ours = args.method == "narvid"
-    encoding = trainer.encoding_of(model, args, clip_config, world)
+    encoding = encoding_of(model, args, world)
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
-    matrices = getattr(model, "combine", combine)(scores, weight=args.fusion_weight)
+    matrices = model.combine(scores, weight=args.fusion_weight)
     frame_times = load_frame_index(args.frames)
     times = [[frame_times[video][k] for k in picked] for video, picked in zip(split.videos, split.picks)]
     return Measured(args, split, times, {name: s.numpy() for name, s in matrices},
-                    _eos(model, split.queries, encoding, world) if ours else None,
-                    Videos(*(None if x is None else x.cpu() for x in videos)) if ours else None)
+                    partial(_kept, model, split.queries, videos, encoding, world))
 
 
-def _eos(model, queries: list[str], encoding: Encoding, world: distributed.World) -> Tensor:
-    """The queries' pooled features (B, D), on the CPU."""
-    parts = []
-    for start in range(0, len(queries), encoding.batch_size):
-        tokens, word_mask = tokenize(queries[start:start + encoding.batch_size], encoding.max_words)
-        with encoding.autocast():
-            parts.append(model.encode_queries(tokens.to(world.device), word_mask.to(world.device)).eos.cpu())
-    return torch.cat(parts)
+@torch.no_grad()
+def _kept(model, queries: list[str], videos: NamedTuple, encoding: Encoding, world: distributed.World, query: int,
+          shown: list[int]) -> dict[str, np.ndarray]:
+    """What one query keeps of the shown videos -> {view: (n, K)}; {} for a method without a filter."""
+    tokens, word_mask = tokenize(queries[query:query + 1], encoding.max_words)
+    with encoding.autocast():
+        encoded = model.encode_queries(tokens.to(world.device), word_mask.to(world.device))
+    some = type(videos)(*(None if x is None else x[shown] for x in videos))
+    return {view: weights[0].cpu().numpy() for view, weights in (model.kept(encoded, some) or {}).items()}
 
 
 def compare_with_record(run: Path, measured: Measured) -> str:
@@ -138,17 +139,8 @@ def weights(measured: Measured, query: int, shown: list[int]) -> dict[str, np.nd
 
     Dropped and padded ones are 0; "sentences" is missing where there is no narration view; {} without a filter.
     """
-    if measured.videos is None:
-        return {}
-    videos, options = measured.videos, trainer.matching(measured.args)
-    del options["fine"]
-    views = {"frames": (videos.frames, videos.mask), "sentences": (videos.narration, videos.narration_mask)}
-    eos, found = F.normalize(measured.eos[query].double(), dim=-1), {}
-    for name, (features, mask) in views.items():
-        if features is not None:
-            cosine = F.normalize(features[shown].double(), dim=-1) @ eos  # (n, K)
-            found[name] = filter_weights(cosine[None], mask[shown], **options)[0].numpy()
-    return found
+    names = {"video": "frames", "narration": "sentences"}
+    return {names[view]: kept for view, kept in measured.kept(query, shown).items()}
 
 
 # ------------------------------------------------------------------------------------------------- data of the page
@@ -184,7 +176,7 @@ def make_data(sources: list[Measured], runs: list[Path], sides: list[Side], *, q
         measured, run = sources[side.source], runs[side.source]
         data["sides"].append({"run": str(run) if len(set(names)) < len(runs) else run.name, "path": str(run),
                               "method": measured.args.method, "matrix": side.matrix, "source": side.source,
-                              "filter": describe_filter(measured.args),
+                              "filter": METHODS[measured.args.method].describe_filter(measured.args),
                               "scores": _shown_scores(measured, side.matrix),
                               "recall": [round(float(100 * (side.ranks <= k).mean()), 1) for k in (1, 5, 10)]})
     right_first = [side.ranks == 1 for side in sides]
@@ -224,16 +216,6 @@ def make_query(sources: list[Measured], sides: list[Side], query: int, top: int)
             "status": status[tuple(first)], "answers": answers}
 
 
-def describe_filter(args: argparse.Namespace) -> str:
-    """The query-aware filter of a run, in words; "" for a method without one."""
-    if args.method != "narvid":
-        return ""
-    if "QAF" not in args.modules:
-        return "no filter: every frame counts alike"
-    return {"nucleus": f"nucleus, p = {args.filter_p:g}", "topk": f"the {args.filter_k} likeliest",
-            "none": "softmax, nothing dropped"}[args.filter]
-
-
 def _shown_scores(measured: Measured, matrix: str) -> list[str]:
     return [name for name in measured.matrices if name != "S_sum" or matrix == "S_sum"]
 
@@ -241,7 +223,7 @@ def _shown_scores(measured: Measured, matrix: str) -> list[str]:
 def _of_source(measured: Measured, video: int, numbers: list[int]) -> dict:
     """Which tiles of the strip a run saw of a video, when, and with which sentences or titles (Cap4Video's)."""
     titles = measured.split.titles
-    told = measured.split.sentences if trainer.uses_narration(measured.args) else None
+    told = measured.split.sentences if "narration" in METHODS[measured.args.method].reads(measured.args) else None
     return {"tiles": [numbers.index(k) for k in measured.split.picks[video]],
             "times": [round(time, 2) for time in measured.times[video]],
             "sentences": told and told[video], "titles": titles and titles[video][:TITLES]}

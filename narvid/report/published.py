@@ -19,9 +19,10 @@ from pathlib import Path
 
 import yaml
 
-import main_task_retrieval as trainer
 from narvid.flags import as_argv
+from narvid.methods import METHODS
 from narvid.run.run_dir import FREE_TO_CHANGE
+from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]  # of the clone, with configs/ and runs/
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -55,45 +56,32 @@ class Row:
 
 def meaning(config: dict) -> dict:
     """Of a resolved config, all that changes what is computed: {flag: value}."""
-    config = _defaults(config.get("method", "narvid")) | config  # a run may be older than a flag
+    config = _defaults(config.get("method", DEFAULT_METHOD)) | config  # a run may be older than a flag
     args = argparse.Namespace(**config)
     kept = {flag: value for flag, value in config.items() if flag not in FREE}
     for flag in PATHS:
         names = kept.get(flag)
         kept[flag] = sorted(map(last_name, names)) if isinstance(names, list) else names and last_name(names)
     kept["checkpoint"] = bool(kept["checkpoint"])  # weights to start from have any name
-    unread = set() if trainer.uses_narration(args) else {"narrations"}
+    method = METHODS[args.method]
+    kept |= method.alike(args)
+    unread = method.unread(args) | ({"narrations"} if "narration" not in method.reads(args) else set())
     if kept["clip_pretrained"] in ("openai", f"{kept['clip_model']}.pt"):  # the tag, or OpenAI's own file
         kept["clip_pretrained"] = "openai"
         unread |= {"quick_gelu"} if kept["quick_gelu"] is not False else set()
     if args.recipe == "reported":
         unread.add("precision")
-    if args.method == "narvid":
-        modules = set(args.modules) - (set() if args.alpha else {"CVH"})
-        kept["modules"] = [name for name in trainer.MODULES if name in modules]
-        unread |= _unread_by_narvid(args, modules)
     return {flag: value for flag, value in kept.items() if flag not in unread}
 
 
 @cache
 def _defaults(method: str) -> dict:
-    return vars(trainer.build_parser(method).parse_args(["--output_dir", "."]))
+    return vars(build_parser(method).parse_args(["--output_dir", "."]))
 
 
 def last_name(path: str) -> str:
     """What counts of a path."""
     return Path(path).name
-
-
-def _unread_by_narvid(args: argparse.Namespace, modules: set[str]) -> set[str]:
-    """NarVid's flags that its other flags switch off."""
-    unread = set()
-    for module, flags in (("NM", ["fusion_weight"]), ("CMI", ["dropout"]), ("QAF", ["filter", "filter_p", "filter_k"]),
-                          ("CVH", ["hard_loss", "lam", "eta", "alpha"])):
-        unread |= set() if module in modules else set(flags)
-    unread |= {"filter_p"} if args.filter != "nucleus" else set()
-    unread |= {"filter_k"} if args.filter != "topk" else set()
-    return unread | ({"eta"} if args.hard_loss == "nce" else set())
 
 
 def differences(run: dict, row: dict) -> list[str]:
@@ -143,9 +131,9 @@ def resolve(row: Row, entry: dict, corpora: dict[str, list[int]]) -> None:
 def _meaning_of(preset: str, flags: str) -> dict:
     """Of a preset's name and more flags, in JSON."""
     config = ROOT / "configs" / f"{preset}.yaml"
-    method = yaml.safe_load(config.read_text(encoding="utf-8")).get("method", "narvid")
-    argv = as_argv(json.loads(flags), PUBLISHED.name, trainer.build_parser(method))
-    return meaning(vars(trainer.parse_args(["--config", str(config), *argv, "--output_dir", "."])))
+    method = yaml.safe_load(config.read_text(encoding="utf-8")).get("method", DEFAULT_METHOD)
+    argv = as_argv(json.loads(flags), PUBLISHED.name, build_parser(method))
+    return meaning(vars(parse_args(["--config", str(config), *argv, "--output_dir", "."])))
 
 
 def commands(entry: dict, flags: dict, released: dict | None) -> list[str]:

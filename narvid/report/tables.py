@@ -14,15 +14,18 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-import main_task_retrieval as trainer
 from narvid import InputError
+from narvid.methods import METHODS
 from narvid.run.run_dir import load_checkpoint
+from narvid.run.settings import DEFAULT_METHOD
 from narvid.report.published import DIRECTIONS, ROOT, Row, differences, last_name, meaning, read_published
 
 RESULT = {"metrics", "select_on", "queries", "videos"}  # what is read of a final evaluation, beside post-processing
@@ -56,9 +59,9 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
             continue  # RUN/eval
         try:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            if not isinstance(config, dict) or config.get("method", "narvid") not in trainer.METHODS:
+            if not isinstance(config, dict) or config.get("method", DEFAULT_METHOD) not in METHODS:
                 raise ValueError("it names no method of this code")
-            config = {"method": "narvid", "eval_only": False, "checkpoint": None} | config
+            config = {"method": DEFAULT_METHOD, "eval_only": False, "checkpoint": None} | config
             runs.append(Run(path, config, final_result(path)))
         except (OSError, ValueError, yaml.YAMLError) as error:
             said.append(f"{path}: left out, config.yaml or results.jsonl cannot be read "
@@ -141,11 +144,12 @@ def evaluate(run: Run) -> None:
     for flag in ("data_dir", "frames", "narrations", "missing_narration", "num_workers", "eval_batch_size", "dsl_scale",
                  "qb_norm_queries"):
         argv += [f"--{flag}", run.config[flag]] if run.config.get(flag) is not None else []
-    try:
-        trainer.main([str(word) for word in argv])
+    command = [sys.executable, str(ROOT / "main_task_retrieval.py"), *map(str, argv)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    if ended.returncode:
+        run.why = f"could not be evaluated: {(ended.stderr.strip().splitlines() or ['it was killed'])[-1]}"
+    else:
         run.result = final_result(run.path / "eval") | (run.result or {})
-    except SystemExit as refused:
-        run.why = f"could not be evaluated: {refused.code}"
 
 
 def assign(runs: list[Run], rows: list[Row]) -> tuple[dict[int, list[Run]], list[str]]:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from narvid import InputError
-from narvid.towers import ClipConfig, encode_frames, encode_text
+from narvid.towers import encode_frames, encode_text
 from narvid.data.features import Features, Store
 from narvid.data.datasets import FrameDataset, Split, make_loader, tokenize
 from narvid.distributed import World, agree
@@ -53,15 +53,15 @@ FRAMES, TEXTS = 256, 256  # through a tower at a time
 
 
 @torch.no_grad()
-def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Module, clip_config: ClipConfig,
-                  encoding: Encoding, world: World) -> dict[str, Split]:
+def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Module, encoding: Encoding,
+                  world: World) -> dict[str, Split]:
     """The splits with their features, of which `folder` keeps what `towers` gave; what it lacks is encoded first.
 
     All ranks call it, each encodes its share. Of queries only those of split "train" are needed. InputError where the
     disk has no room, cannot be written or is not the same for all ranks, and for frames that cannot be read.
     """
     towers.eval()
-    made_of = _made_of(towers, clip_config, encoding, world)
+    made_of = _made_of(towers, encoding, world)
     folder = Path(folder, _digest(json.dumps(made_of)))
     keys = {name: _video_keys(split) for name, split in splits.items()}
     wanted = _wanted(splits, keys)
@@ -82,7 +82,7 @@ def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Modul
     return {name: split._replace(features=Features(**stores, videos=keys[name])) for name, split in splits.items()}
 
 
-def _made_of(towers: nn.Module, clip_config: ClipConfig, encoding: Encoding, world: World) -> dict:
+def _made_of(towers: nn.Module, encoding: Encoding, world: World) -> dict:
     """All that decides what the towers make of a frame or a text."""
     weights = hashlib.blake2b(digest_size=16)
     for name, value in towers.state_dict().items():
@@ -92,7 +92,7 @@ def _made_of(towers: nn.Module, clip_config: ClipConfig, encoding: Encoding, wor
     blank = torch.zeros(1, 3, encoding.image_size, encoding.image_size, dtype=torch.uint8, device=world.device)
     with encoding.autocast():
         feature = encode_frames(towers, blank)  # (1, D)
-    return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": asdict(clip_config),
+    return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": asdict(towers.config),
             "max_words": encoding.max_words, "dim": feature.shape[1], "dtype": str(feature.dtype).split(".")[1]}
 
 

@@ -24,7 +24,10 @@ from narvid.methods.clip4clip import mean_pool
 from narvid.data.datasets import Item, Split, collate, tokenize
 from narvid.evaluation import Encoding, concatenate
 from narvid.model import Queries, Videos, place_frames
+from narvid.methods import METHODS
+from narvid.run.build import build_model, encoding_of
 from narvid.run.run_dir import load_checkpoint
+from narvid.run.settings import is_ours, named, parse_args
 from narvid.similarity import filter_weights, match
 
 
@@ -70,8 +73,6 @@ class Embedder:
         sentences are masked and S_qv alone counts, whatever the model was trained with; None: as it was trained.
         InputError for a file that is no checkpoint, or one of a method that cannot be searched with.
         """
-        import main_task_retrieval as trainer
-
         path = Path(checkpoint) if checkpoint is not None else None
         path = path / "best.pt" if path is not None and path.is_dir() else path
         argv = ["--eval_only", "--output_dir", "unused", "--num_workers", "0"]
@@ -79,30 +80,30 @@ class Embedder:
             argv += ["--method", "zeroshot", "--clip_model", clip_model, "--clip_pretrained", clip_pretrained]
             argv += ["--no-use_narration"] if narration is False else []
         else:
-            ours = trainer.is_ours(load_checkpoint(path))
+            ours = is_ours(load_checkpoint(path))
             argv += ["--checkpoint", str(path)] + ([] if ours else ["--clip_model", clip_model])
         try:
-            args = trainer.parse_args(argv)
+            args = parse_args(argv)
         except SystemExit as error:  # the trainer's flags end the process, a library must not
             raise InputError(str(error).removeprefix("error: ")) from error
-        if args.method not in FEATURES or getattr(args, "head", "") == "tightTransf":
-            raise InputError(f"{path}: {args.method}{' --head tightTransf' if args.method in FEATURES else ''} cannot "
-                             f"be searched with, only {', '.join(FEATURES)} (no tightTransf) can; give another "
-                             "--checkpoint")
-        model, clip_config = trainer.build_model(args)
-        hears = trainer.uses_narration(args)
+        if not METHODS[args.method].searchable(args):
+            raise InputError(f"{path}: {named(args)} cannot be searched with; give another --checkpoint")
+        model = build_model(args)
+        hears = "narration" in METHODS[args.method].reads(args)
         if narration and not hears:
             raise InputError(f"{path}: this model was trained without a narration; leave the captioner and the "
                              "narrations out")
         world = distributed.start()
         world = world._replace(device=torch.device(device)) if device else world
-        encoding = trainer.encoding_of(model, args, clip_config, world)
+        encoding = encoding_of(model, args, world)
         settings = {name: getattr(args, name) for name in (
             "method", "clip_model", "max_frames", "max_words", "recipe", "precision", "fusion_weight")}
         settings |= {"checkpoint": None if path is None else str(path.resolve()), "weights": weights_digest(model),
                      "clip_pretrained": clip_pretrained, "image_size": encoding.image_size,
-                     "dim": clip_config.embed_dim, "narration": hears and narration is not False,
-                     "matching": trainer.matching(args) if args.method == "narvid" else None}
+                     "dim": model.clip.config.embed_dim, "narration": hears and narration is not False,
+                     "matching": None}
+        if hasattr(model, "filter_options"):
+            settings["matching"] = model.filter_options(args) | {"fine": "NM" in args.modules}
         return cls(model.to(world.device), encoding, settings, device=world.device, hears=hears)
 
     def check(self, settings: dict, index: str | Path) -> None:

@@ -33,7 +33,7 @@ EVERY_HEAD = pytest.mark.parametrize("head", HEADS)
 def build(head, linear_patch="2d", normalize_frames=True):
     """The head over fresh towers, as the trainer builds it."""
     torch.manual_seed(0)
-    return CLIP4Clip(clip.build_towers(CONFIG), CONFIG, head=head, temporal_layers=LAYERS, linear_patch=linear_patch,
+    return CLIP4Clip(clip.build_towers(CONFIG), head=head, temporal_layers=LAYERS, linear_patch=linear_patch,
                      normalize_frames=normalize_frames)
 
 
@@ -270,7 +270,7 @@ def test_mistakes_are_one_sentence():
         build("meanP").load_release(released("tightTransf"), "release.bin")
     narrow = clip.ClipConfig(32, CONFIG.vision_cfg, CONFIG.text_cfg)
     with pytest.raises(ValueError, match="--head seqTransf: the joint dimension must be a multiple of 64"):
-        CLIP4Clip(clip.build_towers(narrow), narrow, head="seqTransf", temporal_layers=1, linear_patch="2d",
+        CLIP4Clip(clip.build_towers(narrow), head="seqTransf", temporal_layers=1, linear_patch="2d",
                   normalize_frames=True)
 
 

@@ -17,18 +17,16 @@ import torch
 import torch.nn.functional as F
 
 import main_task_retrieval as trainer
-from narvid import towers as clip
 from narvid import InputError
 from narvid.data.datasets import Split, tokenize
 from narvid.distributed import World
-from narvid.evaluation import combine, table_of_matrices, with_dsl
+from narvid.evaluation import table_of_matrices, with_dsl
 from narvid.metrics import retrieval_metrics
-from narvid.similarity import match
+from narvid.methods import METHODS
 
 B, V, K, SEEDS = 40, 20, 4, 12
 TRUTH = np.arange(B) // 2  # (B,), the video of each query
 WORLD = World(0, 1, torch.device("cpu"))
-CONFIG = clip.ClipConfig(**tiny.CLIP)
 FLAGS = {
     "narvid": [["--fidelity", "reported"], ["--fidelity", "paper", "--filter", "topk"], ["--modules", "NM"],
                ["--modules"]],
@@ -36,7 +34,7 @@ FLAGS = {
     "cap4video": [["--stage", "video"], ["--stage", "titles"]],
     "zeroshot": [["--use_narration"], ["--no-use_narration"]],
 }
-FORMS = [(method, *flags) for method in trainer.METHODS for flags in FLAGS.get(method, [[]])]
+FORMS = [(method, *flags) for method in METHODS for flags in FLAGS.get(method, [[]])]
 
 
 @pytest.fixture(scope="module", params=FORMS, ids=" ".join)
@@ -47,8 +45,7 @@ def subject(request, corpus):
                                "--output_dir", "unused", "--max_words", "24", "--precision", "fp32", "--dsl_scale",
                                "100", "--eval_batch_size", "7", *flags])
     torch.manual_seed(0)
-    model = trainer.build_model(args)[0].eval()
-    score = partial(match, **trainer.matching(args)) if method == "narvid" else model.score
+    model = trainer.build_model(args).eval()
     mask = torch.arange(K) < 1 + torch.arange(V)[:, None] % K  # (V, K)
     frames = torch.randint(256, (V, K, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
     sentences, _ = tokenize([f"sentence number {n}" for n in range(9)], 24)
@@ -56,8 +53,8 @@ def subject(request, corpus):
     with torch.no_grad():
         queries = model.encode_queries(*tokenize(texts, 24))
         videos = model.encode_videos(frames, mask, sentences, torch.randint(9, (V, K)), mask)
-    return SimpleNamespace(args=args, model=model, texts=texts, queries=queries, videos=videos, score=score,
-                           combine=partial(getattr(model, "combine", combine), weight=args.fusion_weight))
+    return SimpleNamespace(args=args, model=model, texts=texts, queries=queries, videos=videos, score=model.score,
+                           combine=partial(model.combine, weight=args.fusion_weight))
 
 
 def at_random(features, seed):
@@ -123,7 +120,7 @@ def evaluate(subject, monkeypatch):
     def evaluated(truth):
         split = Split(subject.texts, truth, [f"video{v}" for v in range(V)], None, None, None, [], 0)
         written = Written()
-        result = trainer.evaluate(subject.model, {"test": split}, "test", subject.args, CONFIG, WORLD, written,
+        result = trainer.evaluate(subject.model, {"test": split}, "test", subject.args, WORLD, written,
                                   final=True)
         subject.model.eval()
         return result, written

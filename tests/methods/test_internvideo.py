@@ -30,7 +30,7 @@ SIZES = clip.ClipConfig(
 
 def make_model(**flags):
     torch.manual_seed(0)
-    return InternVideo(clip.build_towers(SIZES), SIZES, **flags).double().eval()
+    return InternVideo(clip.build_towers(SIZES), **flags).double().eval()
 
 
 def block_shapes(prefix, width, norms=("ln_1", "ln_2")):
@@ -159,7 +159,7 @@ def test_the_loss_is_symmetric_cross_entropy_and_the_score_the_cosine():
         want -= (2 * logits[i, i] - np.log(np.exp(logits[i]).sum()) - np.log(np.exp(logits[:, i]).sum())) / 8
     parts = model.loss(similarity, torch.tensor(20.0, dtype=torch.float64), None)
     assert list(parts) == ["nce_video"] and parts["nce_video"].item() == pytest.approx(want)
-    assert list(similarity) == list(model.views)
+    assert list(similarity) == list(model.views(None))
 
 
 # ------------------------------------------------------------------------------------------------------- properties
@@ -241,7 +241,7 @@ def test_half_precision_towers_give_fp32_features_near_the_exact_ones():
     model = loaded()
     frames, mask = batch([2, 3], 3)
     exact = F.normalize(model.encode_videos(frames, mask).video.float())
-    half = InternVideo(clip.build_towers(SIZES, half=True), SIZES).eval()
+    half = InternVideo(clip.build_towers(SIZES, half=True)).eval()
     half.load_release(released(), "file")
     with torch.autocast("cpu", torch.bfloat16):
         parts = [half.encode_videos(frames, mask).video]
@@ -271,7 +271,7 @@ def test_the_whole_table_of_released_weights_fits(name, sizes, tensors, millions
     with torch.device("meta"):
         state = {f"clip.{key}": torch.empty(shape) for key, shape in release_shapes(**sizes).items()}
         config = clip.ClipConfig(config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=True)
-        model = InternVideo(clip.build_towers(config), config)
+        model = InternVideo(clip.build_towers(config))
         model.load_release(state, "file")
     assert len(state) == tensors == 1 + len(model.state_dict())
     assert sum(value.numel() for value in state.values()) / 1e6 == pytest.approx(millions, abs=0.05)

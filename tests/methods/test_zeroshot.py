@@ -33,7 +33,7 @@ def model():
     with torch.no_grad():
         for parameter in towers.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return ZeroShot(towers, CONFIG, use_narration=True).eval()
+    return ZeroShot(towers, use_narration=True).eval()
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_padding_changes_nothing_and_videos_do_not_see_each_other(model):
 def test_a_checkpoint_lends_its_towers(model, corpus, weights):
     """Of a NarVid, say; and what holds no towers is refused."""
     config = clip.ClipConfig(**tiny.CLIP)
-    other = ZeroShot(clip.build_towers(config), config, use_narration=False)
+    other = ZeroShot(clip.build_towers(config), use_narration=False)
     state = torch.load(weights, weights_only=True)["model"]
     other.load_release(state, "narvid.pt")
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import reference
 import tiny
+import torch
 import yaml
 from PIL import Image
 
 import main_task_retrieval as trainer
 from narvid import InputError
+from narvid.data.datasets import tokenize
 from narvid.report import gallery as make_gallery
 
 HOSTILE_VIDEO = "<img src=x onerror=alert(1)> & 'co' #1?"
@@ -90,13 +92,16 @@ def test_weights_are_the_filters_as_the_reference_computes_them(gallery):
     _, run, page = gallery
     data = page_data(page)
     measured = make_gallery.measure(make_gallery.trainer_args(run, None, page), trainer.distributed.start())
+    model, queries, videos, encoding, _ = measured.kept.args
+    with encoding.autocast(), torch.no_grad():
+        all_eos = model.encode_queries(*tokenize(queries, encoding.max_words)).eos
     dropped = 0
     for number, query in enumerate(data["queries"]):
         for answer in query["answers"][1]:
             v = answer["video"]
-            for view, features, mask in (("frames", measured.videos.frames, measured.videos.mask),
-                                         ("sentences", measured.videos.narration, measured.videos.narration_mask)):
-                cosines = [reference.cosine(measured.eos[number].numpy(), x) for x in features[v].numpy()]
+            for view, features, mask in (("frames", videos.frames, videos.mask),
+                                         ("sentences", videos.narration, videos.narration_mask)):
+                cosines = [reference.cosine(all_eos[number].numpy(), x) for x in features[v].numpy()]
                 expected = reference.filter_weights(cosines, mask[v].numpy(), p=0.6)
                 got = answer[view]
                 assert len(got) == len(data["videos"][str(v)]["sources"][0]["tiles"])

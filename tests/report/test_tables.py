@@ -274,7 +274,7 @@ def test_a_run_trained_to_the_end_is_evaluated_once(trained, monkeypatch):
     assert run.why == "" and run.result["metrics"] == before["metrics"] and run.result["select_on"] == "last"
     assert run.result["frames_kept"] == before["frames_kept"]
 
-    monkeypatch.setattr(trainer, "main", lambda argv: pytest.fail("evaluated again"))
+    monkeypatch.setattr(eval_tables.subprocess, "run", lambda *_, **__: pytest.fail("evaluated again"))
     again = the_run(trained)
     eval_tables.complete(again, kept=True)
     assert again.result == run.result

@@ -37,8 +37,8 @@ def prepare(argv):
     args = trainer.parse_args([*map(str, argv)])
     trainer.seed_everything(args)
     splits = trainer.load_data(args, ALONE)
-    model, config = trainer.build_model(args)
-    return args, splits, model, (model.clip, config, trainer.encoding_of(model, args, config, ALONE))
+    model = trainer.build_model(args)
+    return args, splits, model, (model.clip, trainer.encoding_of(model, args, ALONE))
 
 
 def entries(cache):
@@ -72,10 +72,11 @@ def train(corpus, weights, run, *more):
     parts, gradients, real_step = [], {}, trainer.train_step
 
     def step(model, *rest):
-        parts.append(real_step(model, *rest))
+        taken = real_step(model, *rest)
+        parts.append(taken[0])
         if not gradients:
             gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        return parts[-1]
+        return taken
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", step)
@@ -174,18 +175,18 @@ def test_entries_are_what_the_towers_give(prepared, filled):
 def test_other_weights_words_and_formats_have_folders_of_their_own(start, filled, tmp_path):
     cache = shutil.copytree(filled[0], tmp_path / "cache")
     before = set(cache.rglob("*"))
-    _, splits, model, (towers, config, encoding) = prepare(start)
+    _, splits, model, (towers, encoding) = prepare(start)
     few = {"test": splits["test"]}
     with torch.no_grad():
         towers.logit_scale.add_(1)  # is trained, and changes no feature
-    with_features(few, cache, towers, config, encoding, ALONE)
+    with_features(few, cache, towers, encoding, ALONE)
     assert set(cache.rglob("*")) == before
     with torch.no_grad():
         towers.visual.proj[0, 0] += 1e-3
-    with_features(few, cache, towers, config, encoding, ALONE)
-    with_features(few, cache, towers, config, encoding._replace(max_words=20), ALONE)
+    with_features(few, cache, towers, encoding, ALONE)
+    with_features(few, cache, towers, encoding._replace(max_words=20), ALONE)
     bf16 = encoding._replace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-    with_features(few, cache, towers, config, bf16, ALONE)
+    with_features(few, cache, towers, bf16, ALONE)
     assert len(list(cache.iterdir())) == 4
 
 

@@ -121,7 +121,7 @@ def test_run_shot_from_outside_ends_like_the_unbroken_one(corpus, unbroken, tmp_
         deadline, wanted = time.time() + 60, steps + 3
         while process.is_alive() and time.time() < deadline and steps < wanted:
             time.sleep(0.01)
-            steps = (run / "log.txt").read_text().count("\nepoch ") if (run / "log.txt").exists() else 0
+            steps = (run / "log.txt").read_text().count(" epoch ") if (run / "log.txt").exists() else 0
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
         assert tiny.wait(process) == -signal.SIGKILL, log.read_text()

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import main_task_retrieval as trainer
+from narvid.methods import NarVid
 from narvid import InputError
 from narvid.distributed import World
 from scripts import ablate_demo, measure_update
@@ -43,7 +44,7 @@ def test_every_row_differs_from_the_preset_where_its_table_says(corpus):
     def matching(run):
         given = ["--config", ROOT / "configs" / "ablate_demo.yaml", *ablate_demo.ROWS[run], "--output_dir", "x"]
         args = trainer.parse_args([str(x) for x in given])
-        how = trainer.matching(args)
+        how = NarVid.filter_options(args)
         return len(args.modules), how["method"], {"topk": how["k"], "nucleus": how["p"]}.get(how["method"]), (
             args.hard_loss if "CVH" in args.modules else None)
 

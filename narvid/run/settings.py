@@ -1,0 +1,209 @@
+"""What a run is told: the one place where flags are declared, and what presets and checkpoints add to them.
+
+A preset and a checkpoint are turned into argv that stands before the user's own, so that argparse checks all alike.
+A method declares its own flags in its file. Not here: building anything (build.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from narvid import InputError
+from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
+from narvid.methods import METHODS
+from narvid.methods.protocol import names_of
+from narvid.run.run_dir import load_checkpoint
+
+ABOUT = """Train and evaluate NarVid: python main_task_retrieval.py --config configs/msrvtt_vitb16.yaml --output_dir
+runs/msrvtt. The same under torchrun, on CPUs or GPUs."""
+DEFAULT_METHOD = "narvid"
+UNKNOWN = "unknown"  # what chose the epoch of weights that do not say it
+# Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
+OF_A_CHECKPOINT = ("max_words", "max_frames", "fusion_weight", "recipe", "precision")
+
+
+def build_parser(method: str = DEFAULT_METHOD) -> Parser:
+    """The flags of every method, and those of this one; another method's are refused, not ignored."""
+    parser = Parser(description=ABOUT, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--method", choices=METHODS, default=method,
+                        help="what is trained; `--method NAME --help` lists its own flags")
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_dir", default="data/msrvtt", help="folder with {train,val,test}.jsonl")
+    g.add_argument("--frames", help="folder of extracted frames [data_dir/frames]")
+    g.add_argument("--narrations", help="narration file, ours or a published one [data_dir/narrations.jsonl]")
+    g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
+                   help="what to do with a video that has no sentence at all")
+    g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
+    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video")
+    g.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform",
+                   help="in training; segments: one frame at random from each K-th part of a video, with its sentence")
+    g.add_argument("--num_workers", type=count, default=4, help="loader processes a rank")
+    g.add_argument("--cache_frames", action=switch, default=False,
+                   help="decode once: V * K * 3 * side^2 bytes of shared memory a process")
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
+    g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
+    g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
+    g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or the method's released file")
+
+    METHODS[method].add_flags(parser.add_argument_group(method))
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--exclude_same_video", action=switch, default=False,
+                   help="another caption of the same video in the batch is no negative")
+    g.add_argument("--recipe", choices=["reported", "modern"], default="modern",
+                   help="reported: fp16 towers and BertAdam, as behind the published tables; modern: AdamW over fp32")
+    g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="autocast of recipe modern")
+    g.add_argument("--epochs", type=positive, default=5)
+    g.add_argument("--batch_size", type=positive, default=64, help="pairs of one optimiser step, over all processes")
+    g.add_argument("--micro_batch", type=count, default=0,
+                   help="pairs a process encodes at a time, each twice; the loss is that of the whole batch; 0: all")
+    g.add_argument("--gradient_accumulation_steps", type=positive, default=1,
+                   help="parts of a step with a loss each; negatives come from the part alone (see --micro_batch)")
+    g.add_argument("--lr", type=number, default=1e-4, help="peak rate of everything but CLIP")
+    g.add_argument("--clip_lr", type=number, help="peak rate of CLIP [reported 1e-7; modern 1e-6, cited and not tuned]")
+    g.add_argument("--weight_decay", type=number, default=0.2, help="the family's 0.2")
+    g.add_argument("--warmup", type=share, default=0.1, help="share of all steps")
+    g.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="global clip")
+    g.add_argument("--freeze_layers", type=int, default=0,
+                   help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
+    g.add_argument("--freeze_towers", action=switch, default=False, help="instead: train heads and logit scale alone")
+    g.add_argument("--feature_cache", metavar="DIR",
+                   help="with --freeze_towers: folder that keeps the towers' features, encoded once for all runs")
+    g.add_argument("--grad_checkpointing", action=switch, default=False, help="recompute tower blocks in backward")
+    g.add_argument("--compile", action=switch, default=False,
+                   help="torch.compile for the blocks of both towers; the first steps take minutes")
+
+    g = parser.add_argument_group("evaluation")
+    g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test and leave")
+    g.add_argument("--select_on", choices=["val", "last", "test"],
+                   help="what chooses the epoch [val where val.jsonl exists, else last]")
+    g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split every n steps too")
+    g.add_argument("--eval_batch_size", type=positive, default=64,
+                   help="videos or queries encoded at a time; scored in squares of twice as many, on a GPU four times")
+    g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
+    g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
+    g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
+    g.add_argument("--save_similarity", action=switch, default=False, help="write both test matrices to similarity.npz")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--config", help="preset: a YAML file of these flags; the command line wins")
+    g.add_argument("--output_dir", required=True, help="run directory")
+    g.add_argument("--resume", choices=["auto", "never"], default="never", help="auto: from last.pt if it is there")
+    g.add_argument("--seed", type=count, default=42)
+    g.add_argument("--deterministic", action=switch, default=False, help="only deterministic kernels")
+    g.add_argument("--save_every", type=count, default=0, help="save every n steps too; 0: at an epoch's end")
+    g.add_argument("--log_every", type=positive, default=50, help="steps")
+    g.add_argument("--profile", type=count, default=0, help="log where the time of n early steps goes; 0: no")
+    g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command line over those of --config and --checkpoint; a mistake ends the process in one sentence."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = Parser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--checkpoint", "--method"):
+        first.add_argument(flag)
+    first.add_argument("--eval_only", action=argparse.BooleanOptionalAction)
+    given, _ = first.parse_known_args(argv)
+    preset = read_preset(given.config, first) if given.config else {}
+    checkpoint = given.checkpoint or preset.get("checkpoint")
+    stored = _args_of_checkpoint(checkpoint, first) if checkpoint else {}
+    method = given.method or preset.get("method") or stored.get("method", DEFAULT_METHOD)
+    if method not in [*METHODS]:
+        first.error(f"--method {method}: choose from {', '.join(METHODS)}")
+    parser = build_parser(method)
+    eval_only = preset.get("eval_only", False) if given.eval_only is None else given.eval_only
+    preset = preset_argv(preset, given.config, parser) if preset else []
+    from_checkpoint = _checkpoint_argv(stored, checkpoint, parser, eval_only=eval_only) if stored else []
+    # A checkpoint is evaluated as it was trained, whatever a preset says; training may go on with other values.
+    args = parser.parse_args([*preset, *from_checkpoint, *argv] if eval_only else [*from_checkpoint, *preset, *argv])
+    args.eval_only |= not METHODS[method].trained
+    if args.eval_only and any(word.split("=")[0] == "--select_on" for word in argv):
+        parser.error("--select_on is of training; with --eval_only the checkpoint says what chose its epoch")
+    if args.eval_only and "select_on" not in stored:
+        args.select_on = UNKNOWN if METHODS[method].trained else "none, nothing is trained"  # a preset cannot know
+    _fill_in(args)
+    _refuse(args, parser)
+    return args
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    """The defaults that depend on other flags."""
+    args.frames = args.frames or str(Path(args.data_dir, "frames"))
+    args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
+    if "titles" in METHODS[args.method].reads(args):
+        args.titles = args.titles or [str(Path(args.data_dir, "titles.json"))]
+    if args.clip_lr is None:
+        args.clip_lr = 1e-7 if args.recipe == "reported" else 1e-6
+    args.select_on = args.select_on or ("val" if Path(args.data_dir, "val.jsonl").exists() else "last")
+
+
+def _refuse(args: argparse.Namespace, parser: Parser) -> None:
+    """Stop where flags do not go together."""
+    method = METHODS[args.method]
+    if args.select_on == "val" and not args.eval_only and not Path(args.data_dir, "val.jsonl").exists():
+        parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
+    if args.micro_batch and method.score_has_parameters(args):
+        parser.error(f"--micro_batch needs a score without parameters, which {named(args)} has not")
+    if args.feature_cache and not args.freeze_towers:
+        parser.error("--feature_cache keeps what frozen towers give: add --freeze_towers")
+    if args.feature_cache and args.cache_frames:
+        parser.error("--cache_frames keeps pixels, --feature_cache reads none: leave it out (--no-cache_frames)")
+    if args.feature_cache and not method.features_suffice(args):
+        parser.error(f"--feature_cache: {named(args)} needs more of the towers than their features")
+    if args.eval_every and args.select_on == "last" and not args.eval_only:
+        parser.error("--eval_every evaluates the split that chooses the epoch: add --select_on val or test")
+    if args.eval_only and not args.checkpoint and method.trained:
+        parser.error("--eval_only evaluates a --checkpoint: give one")
+
+
+def named(args: argparse.Namespace) -> str:
+    """The method with those of its own flags that are not at their default."""
+    defaults = vars(build_parser(args.method).parse_args(["--output_dir", "."]))
+    own = [f"--{name} {getattr(args, name)}" for name in sorted(names_of(METHODS[args.method].add_flags))
+           if getattr(args, name) != defaults[name] and name not in METHODS[args.method].loss_flags]
+    return " ".join([f"--method {args.method}", *own])
+
+
+# -------------------------------------------------------------------------------------------- what a checkpoint says
+
+
+def is_ours(stored: dict) -> bool:
+    """Whether a checkpoint was written by this trainer; a released one is a state dict."""
+    return "clip_config" in stored
+
+
+def _args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
+    """The flags that a checkpoint of ours was trained with; {} for a released one."""
+    try:
+        stored = load_checkpoint(path)
+        return stored["args"] if is_ours(stored) else {}
+    except InputError as error:
+        parser.error(str(error))
+
+
+def _checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
+    """What a checkpoint of ours says about its model, so that it needs no flag again."""
+    method = parser.get_default("method")
+    of_model = {a.dest for g in parser._action_groups if g.title == "model" for a in g._group_actions} - {"checkpoint"}
+    of_method = names_of(METHODS[method].add_flags) - METHODS[method].loss_flags
+    own = {*of_model, *of_method, *OF_A_CHECKPOINT}
+    own |= {"select_on"} if eval_only else set()  # its epoch was chosen when it was trained; the result says on what
+    return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser)
+
+
+def autocast(args: argparse.Namespace, device: torch.device):
+    """The number format of towers and heads; matching and losses are always computed outside, in fp32."""
+    if args.recipe == "reported" or args.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if args.precision == "bf16" else torch.float16)
