@@ -147,7 +147,8 @@ def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, floa
     step.args.max_grad_norm = 1e9
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = torch.optim.SGD(trained, lr=0.0), torch.amp.GradScaler(enabled=False)
-    return trainer.train_step(model, step.batches, optimizer, scaler, "step 1", step.split, step.args, world)
+    return trainer.train_step(model, step.batches, optimizer, scaler, "step 1", step.split, step.args,
+                              world)[0]
 
 
 def losses(run: Path) -> list[float]:
