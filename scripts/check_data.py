@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from narvid import InputError
 from narvid.data.frames import load_frame_index
 from narvid.data.narrations import load_narrations
+from narvid.methods import METHODS
+from narvid.run.settings import preset_flags
 
 SPLITS = ("train", "val", "test")
 NEEDED = ("train", "test")
@@ -40,19 +40,13 @@ class Finding(NamedTuple):
 # ---- the preset ----
 
 
-def read_preset(name: str) -> tuple[Path, dict]:
+def preset_of(name: str) -> tuple[Path, argparse.Namespace]:
     """(its file, its flags) of a path, or of the name of a file in configs/."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "configs" / f"{name}.yaml"
-    try:
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.exists():
         there = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
-        raise InputError(f"{path}: cannot be read ({error.strerror}); presets here: {there}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: is no YAML file ({str(error).splitlines()[0]}); correct it") from None
-    if not isinstance(preset, dict):
-        raise InputError(f"{path}: has no line `flag: value`; is this a preset?")
-    return path, preset
+        raise InputError(f"{path}: is not there; presets here: {there}")
+    return path, preset_flags(str(path))
 
 
 # ---- what is there ----
@@ -153,21 +147,20 @@ def _some(missing: Iterable[str]) -> str:
 # ---- the screen ----
 
 
-def check(path: Path, preset: Mapping, data_dir: Path) -> list[Finding]:
+def check(path: Path, flags: argparse.Namespace, data_dir: Path) -> list[Finding]:
     """Everything the preset needs, in the order in which it is made."""
     annotations, of_split = check_annotations(data_dir)
     videos = set().union(*of_split.values())
-    frames_dir = Path(preset.get("frames", data_dir / "frames"))
+    frames_dir = Path(flags.frames or data_dir / "frames")
     frames, times = check_frames(frames_dir, data_dir, videos)
     findings = [annotations, frames]
-    method = preset.get("method", "narvid")
-    for titles in preset.get("titles", []):
-        found, todo = ("there", None) if Path(titles).is_file() else ("missing", "get the titles (data/README.md)")
-        findings.append(Finding("titles", f"{titles} {found}", todo))
-    # What reads a narration: the paper's module NM, and zero-shot unless it is told not to.
-    if (method == "narvid" and "NM" in preset.get("modules", ["NM"])
-            or method == "zeroshot" and preset.get("use_narration", True)):
-        narrations = Path(preset.get("narrations", data_dir / "narrations.jsonl"))
+    reads = METHODS[flags.method].reads(flags)
+    if "titles" in reads:
+        for titles in flags.titles or [data_dir / "titles.json"]:
+            found, todo = ("there", None) if Path(titles).is_file() else ("missing", "get the titles (data/README.md)")
+            findings.append(Finding("titles", f"{titles} {found}", todo))
+    if "narration" in reads:
+        narrations = Path(flags.narrations or data_dir / "narrations.jsonl")
         findings.append(check_narrations(narrations, frames_dir, times, videos))
     return findings
 
@@ -179,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", type=Path, help="look there instead of where the preset says")
     args = parser.parse_args(argv)
     try:
-        path, preset = read_preset(args.preset)
-        findings = check(path, preset, args.data_dir or Path(preset.get("data_dir", "data/msrvtt")))
+        path, flags = preset_of(args.preset)
+        findings = check(path, flags, args.data_dir or Path(flags.data_dir))
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for what, found, todo in findings:

@@ -35,7 +35,9 @@ from narvid.flags import Parser
 from narvid.fusion import matrix_statistics
 from narvid.metrics import text_to_video_ranks
 from narvid.data.narrations import CAPTIONER, form_of, read_text
+from narvid.methods import METHODS
 from narvid.run.run_dir import FREE_TO_CHANGE
+from narvid.run.settings import flags_of
 
 WIDTH = 3.3  # inches: a column of the conference's two
 HEIGHT = 1.75
@@ -131,9 +133,16 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def of_narvid(runs: list[Run]) -> list[Run]:
-    """Those of the paper's own method that have ended."""
-    return [run for run in runs if run.final and run.config.get("method") == "narvid"]
+def reads(run: Run, what: str) -> bool:
+    """Whether the run's method sees "narration" or "titles"."""
+    flags = flags_of(run.config)
+    return what in METHODS[flags.method].reads(flags)
+
+
+def uses(run: Run, flag: str) -> bool:
+    """Whether the run's method has this flag, and computes with it under the run's other flags."""
+    flags = flags_of(run.config)
+    return flag in flags and flag not in METHODS[flags.method].unread(flags)
 
 
 # ------------------------------------------------------------------------------------------------- data of the figures
@@ -146,7 +155,8 @@ def captioner_data(runs: list[Run]) -> tuple[dict[str, list[float]], list[float]
     """
     best: dict[str, list[float]] = {}
     bare: list[float] = []
-    with_narration = [run for run in of_narvid(runs) if "NM" in run.config["modules"]]
+    ended = [run for run in runs if run.final]
+    with_narration = [run for run in ended if reads(run, "narration")]
     names = {path: captioner_of(path) for path in {run.config["narrations"] for run in with_narration}}
     for alike in group([run for run in with_narration if names[run.config["narrations"]]], "narrations"):
         found = defaultdict(list)
@@ -155,7 +165,7 @@ def captioner_data(runs: list[Run]) -> tuple[dict[str, list[float]], list[float]
         if len(found) > max(1, len(best)):
             best = dict(found)
             like = likeness(alike[0], "narrations", "modules")
-            bare = [run.recall for run in of_narvid(runs) if "NM" not in run.config["modules"]
+            bare = [run.recall for run in ended if not reads(run, "narration")
                     and likeness(run, "narrations", "modules") == like]
     return best, bare
 
@@ -163,9 +173,7 @@ def captioner_data(runs: list[Run]) -> tuple[dict[str, list[float]], list[float]
 def sweep_data(runs: list[Run], flag: str) -> list[tuple[dict, dict[float, list[float]]]]:
     """Figure 7 -> lines of (config, {value of the flag: R@1 of each seed}), each over two values or more."""
     lines = []
-    hinged = [run for run in of_narvid(runs) if "CVH" in run.config["modules"]
-              and (flag == "lam" or run.config["hard_loss"] == "hinge")]
-    for alike in group(hinged, flag):
+    for alike in group([run for run in runs if run.final and uses(run, flag)], flag):
         found = defaultdict(list)
         for run in alike:
             found[float(run.config[flag])].append(run.recall)
@@ -355,7 +363,7 @@ def draw_one_run(plt, run: Run, out: Path) -> None:
     if arrays:
         write(draw_distributions(plt, arrays), out, f"figure6_{name}")
         write(draw_heatmap(plt, arrays), out, f"heatmap_{name}")
-    elif run.config.get("method") == "narvid" and "NM" in run.config["modules"]:
+    elif reads(run, "narration"):
         print(f"not drawn: figure6_{name}, heatmap_{name}: no similarity.npz with S_qv and S_qn; make it:\n"
               f"  python main_task_retrieval.py --data_dir {run.config['data_dir']} --frames {run.config['frames']} "
               f"--narrations {run.config['narrations']} --eval_only --checkpoint {run.path / 'best.pt'} "
@@ -371,7 +379,7 @@ def draw_one_run(plt, run: Run, out: Path) -> None:
 
 def draw_comparisons(plt, runs: list[Run], out: Path) -> None:
     """figure3 and figure7 over all runs, or what is missing for them."""
-    base = next((str(run.config["config"]) for run in of_narvid(runs) if run.config.get("config")), "PRESET.yaml")
+    base = next((str(run.config["config"]) for run in runs if run.final and run.config.get("config")), "PRESET.yaml")
     command = f"  python main_task_retrieval.py --config {base}"
     found, bare = captioner_data(runs)
     if found:

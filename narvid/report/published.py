@@ -10,7 +10,6 @@ Not here: runs and results (eval_tables.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import yaml
 from narvid.flags import as_argv
 from narvid.methods import METHODS
 from narvid.run.run_dir import FREE_TO_CHANGE
-from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
+from narvid.run.settings import DEFAULT_METHOD, build_parser, flags_of, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]  # of the clone, with configs/ and runs/
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -56,8 +55,8 @@ class Row:
 
 def meaning(config: dict) -> dict:
     """Of a resolved config, all that changes what is computed: {flag: value}."""
-    config = _defaults(config.get("method", DEFAULT_METHOD)) | config  # a run may be older than a flag
-    args = argparse.Namespace(**config)
+    args = flags_of(config)
+    config = vars(args)
     kept = {flag: value for flag, value in config.items() if flag not in FREE}
     for flag in PATHS:
         names = kept.get(flag)
@@ -72,11 +71,6 @@ def meaning(config: dict) -> dict:
     if args.recipe == "reported":
         unread.add("precision")
     return {flag: value for flag, value in kept.items() if flag not in unread}
-
-
-@cache
-def _defaults(method: str) -> dict:
-    return vars(build_parser(method).parse_args(["--output_dir", "."]))
 
 
 def last_name(path: str) -> str:

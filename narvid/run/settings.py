@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -137,6 +138,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def preset_flags(path: str) -> argparse.Namespace:
+    """A preset alone as flags, checked like a command line; a mistake ends the process in one sentence."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    preset = read_preset(path, first)
+    method = preset.get("method", DEFAULT_METHOD)
+    if method not in [*METHODS]:
+        first.error(f"{path}: method {method}: choose from {', '.join(METHODS)}")
+    parser = build_parser(method)
+    return parser.parse_args([*preset_argv(preset, path, parser), "--output_dir", "."])
+
+
+def flags_of(config: dict) -> argparse.Namespace:
+    """A run's config.yaml as flags; a flag that is newer than the run has its default."""
+    return argparse.Namespace(**_defaults(config.get("method", DEFAULT_METHOD)) | config)
+
+
+@cache
+def _defaults(method: str) -> dict:
+    return vars(build_parser(method).parse_args(["--output_dir", "."]))
+
+
 def _fill_in(args: argparse.Namespace) -> None:
     """The defaults that depend on other flags."""
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
@@ -169,7 +191,7 @@ def _refuse(args: argparse.Namespace, parser: Parser) -> None:
 
 def named(args: argparse.Namespace) -> str:
     """The method with those of its own flags that are not at their default."""
-    defaults = vars(build_parser(args.method).parse_args(["--output_dir", "."]))
+    defaults = _defaults(args.method)
     own = [f"--{name} {getattr(args, name)}" for name in sorted(names_of(METHODS[args.method].add_flags))
            if getattr(args, name) != defaults[name] and name not in METHODS[args.method].loss_flags]
     return " ".join([f"--method {args.method}", *own])
