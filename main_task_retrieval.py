@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from narvid import InputError, distributed
 from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader, read_queries
-from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, table_of_matrices,
-                               with_dsl, with_qb_norm)
+from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, show_kept,
+                               table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
 from narvid.profiling import Profile, all_reduce, stage
 from narvid.progress import bar
@@ -127,6 +127,8 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
                                    **ranks})
     if final and (kept := frames_kept(model, split.queries, videos, encoding, world)):
         result["frames_kept"] = kept
+    if final and args.show_kept:
+        run.log(show_kept(model, args.show_kept, split, videos, scores, encoding, world, truth[1]))
     if final and args.dsl_scale:
         result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
     if final and args.qb_norm_queries:

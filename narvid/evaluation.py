@@ -116,6 +116,36 @@ def frames_kept(model, queries: list[str], videos: NamedTuple, encoding: Encodin
     return {view: total(count, world) / pairs for view, count in kept.items()}
 
 
+@torch.no_grad()
+def show_kept(model, texts: list[str], split: Split, videos: NamedTuple, scores: dict[str, Tensor],
+              encoding: Encoding, world: World, combine: Callable, *, top: int = 3) -> str:
+    """For each text the best `top` videos, and what of them the filter keeps: frame numbers and sentences with weights.
+
+    videos: this rank's share; scores {view: (B, V)}: those of the split, whose statistics Eq. 11 takes. All ranks call
+    it; the text is rank 0's.
+    """
+    statistics = None
+    if "narration" in scores:
+        statistics = tuple(fusion.matrix_statistics(scores[view]) for view in ("video", "narration"))
+    of_texts = score_queries(model, texts, videos, encoding, world)
+    lines = []
+    for row, text in enumerate(texts):
+        encoded = _encode_queries(model, *tokenize([text], encoding.max_words), encoding, world)
+        kept = {view: weights[0].T.cpu() for view, weights in (model.kept(encoded, videos) or {}).items()}  # (K, V)
+        kept = join_columns(kept, world) if kept else {}
+        if world.rank > 0:
+            continue
+        *_, (name, fused) = combine({view: s[row:row + 1] for view, s in of_texts.items()}, statistics=statistics)
+        lines.append(f"{text}:" + ("" if kept else " (this model has no filter)"))
+        for place, video in enumerate(fused[0].argsort(descending=True, stable=True)[:top].tolist(), 1):
+            lines.append(f"{place:>3}. {split.videos[video]}  {name} {fused[0, video]:.3f}")
+            for view, weights in kept.items():
+                shown = split.picks[video] if view == "video" else split.sentences[video]
+                lines += [f"{'':5}{weight:4.0%} {'frame ' if view == 'video' else ''}{what}"
+                          for weight, what in zip(weights[:, video].tolist(), shown) if weight > 0]
+    return "\n".join(lines)
+
+
 def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable) -> dict[str, dict]:
     """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}; combine(scores) yields (name, matrix)."""
     return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores)}

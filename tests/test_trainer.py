@@ -5,6 +5,7 @@ B queries, V videos, K frames of a video and sentences of its narration.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ import torch
 import yaml
 
 import main_task_retrieval as trainer
-from narvid import losses as losses_module
-from narvid.run.settings import build_parser
 from narvid import fusion
+from narvid import losses as losses_module
 from narvid.distributed import World
 from narvid.metrics import retrieval_metrics
+from narvid.run.settings import build_parser
 
 ALONE = World(0, 1, torch.device("cpu"))
 MATRICES = ["S_qv", "S_qn", "S_sum", "S_fusion"]
@@ -111,6 +112,26 @@ def test_mean_number_of_frames_kept_stands_in_the_result(corpus, weights, tmp_pa
     of_sentences = np.mean([min(sum(s is not None for s in told), k) for told in split.sentences])
     kept = tiny.results(tmp_path / "run")[-1]["frames_kept"]
     assert kept == pytest.approx({"video": want, "narration": of_sentences})
+
+
+def test_the_kept_frames_of_a_query_are_printed(corpus, weights, tmp_path):
+    """For a query of the split: the videos in the order of its row, and k frames and sentences of each."""
+    split = trainer.load_data(trainer.parse_args(tiny.flags(corpus, tmp_path / "none")), ALONE)["test"]
+    query = split.queries[5]
+    trainer.main(tiny.flags(corpus, tmp_path / "run", "--eval_only", "--checkpoint", weights, "--filter", "topk",
+                            "--filter_k", 2, "--save_similarity", "--show_kept", query))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    blocks = re.split(r"^ +\d+\. ", log[log.index(f"{query}:"):].split("\ntest:")[0], flags=re.MULTILINE)[1:]
+    arrays = np.load(tmp_path / "run" / "similarity.npz")
+    fused = reference.fuse(arrays["S_qv"], arrays["S_qn"], 0.5)[5]
+    best = [split.videos[v] for v in np.argsort(-fused)[:3]]
+    assert [block.split()[0] for block in blocks] == best
+    for block, video in zip(blocks, best):
+        v = split.videos.index(video)
+        assert len(re.findall(r"% frame (\d+)$", block, re.MULTILINE)) == min(2, len(split.picks[v]))
+        told = [text for text in split.sentences[v] if text is not None]
+        assert len(re.findall(r"% a picture", block)) == min(2, len(told))
+        assert all(text in told for text in re.findall(r"% (a picture.*)$", block, re.MULTILINE))
 
 
 def test_post_processed_results_stand_in_columns_of_their_own(full_run, corpus):

@@ -29,7 +29,7 @@ from narvid import InputError
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
-                  "save_every", "tensorboard", "profile")
+                  "save_every", "tensorboard", "profile", "show_kept")
 
 
 class RunDir:
