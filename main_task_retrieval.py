@@ -26,7 +26,7 @@ from narvid.evaluation import (encode_videos, frames_kept, score_queries, select
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
 from narvid.profiling import Profile, all_reduce, stage
-from narvid.progress import bar
+from narvid.progress import tqdm
 from narvid.run import optim
 from narvid.run.build import build_model, encoding_of, load_data
 from narvid.run.feature_cache import with_features
@@ -257,8 +257,8 @@ def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, prog
     sampler.set(epoch, progress["step"])
     loader.dataset.epoch.fill_(epoch)
     batches, interval = iter(loader), Interval(world.device)
-    steps = bar(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,
-                desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=world.rank > 0)
+    steps = tqdm(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,
+                 desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=world.rank > 0)
     for step in steps:
         factor = optim.warmup_cosine(progress["global_step"] / total, args.warmup)
         optim.set_lr(optimizer, factor)

@@ -19,7 +19,7 @@ from narvid import InputError, fusion
 from narvid.data.datasets import FrameDataset, Split, collate, make_loader, tokenize
 from narvid.distributed import World, agree, collect, join_columns, share, total
 from narvid.metrics import retrieval_metrics
-from narvid.progress import bar
+from narvid.progress import tqdm
 
 
 class Encoding(NamedTuple):
@@ -48,7 +48,7 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Name
                        with_queries=False)
     loader = make_loader(dataset, to_batch, batches, num_workers=encoding.num_workers)
     parts = []
-    for batch in bar(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
+    for batch in tqdm(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
         batch = batch.to(world.device)
         with encoding.autocast():
             parts.append(model.encode_videos(batch.frames, batch.mask, batch.sentences, batch.sentence_of_frame,
@@ -69,8 +69,8 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
     # Several batches go to one `score`, which prepares the videos anew in every call. Its tiles hold few enough pairs
     # for a CPU's cache, and on a GPU enough of them to be worth a kernel.
     block = (4 if world.device.type == "cuda" else 2) * encoding.batch_size
-    for rows in bar(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
-                    disable=world.rank > 0):
+    for rows in tqdm(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
+                     disable=world.rank > 0):
         encoded = _encode_queries(model, tokens[rows], word_mask[rows], encoding, world)
         for view, part in encoding.score(encoded, videos, block=block).items():  # in fp32, as in training
             scores[view][rows] = part.float().cpu()

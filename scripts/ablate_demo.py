@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.flags import count, positive
 from narvid.metrics import paired_bootstrap
 from narvid.model import MODULES
+from narvid.progress import tqdm
 from narvid.run.run_dir import RunDir, load_checkpoint
 from narvid.run import settings
 from narvid.report.comparison import read_ranks, read_side, spread

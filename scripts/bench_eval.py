@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from narvid.evaluation import table_of_matrices
 from narvid.fusion import combine
 from narvid.flags import Parser, positive
 from narvid.metrics import text_to_video_ranks
 from narvid.model import Heads, NarVidConfig, Queries, Videos
+from narvid.progress import tqdm
 from narvid.similarity import match
 
 BLOCK, WORDS = 64, 64  # the field's: queries and videos of a block, words of a query after padding

@@ -28,11 +28,11 @@ import cv2
 import numpy as np
 from narvid.data.extraction import find_videos, usable_cores
 from PIL import Image
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.flags import Parser, positive
 from narvid.data.videos import CLOCK_TOLERANCE, decode_video
+from narvid.progress import tqdm
 
 SHORT_SIDE, QUALITY, RATE = 224, 95, 30  # pixels, of the jpgs, frames per second of the clips made here
 COPIES = 4  # of every clip, for the whole script

@@ -31,12 +31,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.run import optim
 from narvid.flags import Parser, positive
+from narvid.progress import tqdm
 from scripts import cost
 from scripts.bench_step import make_batch
 

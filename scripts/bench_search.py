@@ -36,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.data.datasets import read_queries
 from narvid.flags import Parser, positive
 from narvid.fusion import matrix_statistics
 from narvid.model import Queries, Videos
+from narvid.progress import tqdm
 from narvid.search.embedding import Embedder
 from narvid.search.engine import CANDIDATES, candidates_of, fuse
 from narvid.search.stage_one import TRAINING, StageOne, files_of

@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import main_task_retrieval as trainer
 from narvid import InputError, distributed
@@ -38,6 +37,7 @@ from narvid.run import optim
 from narvid.data.datasets import Batch
 from narvid.flags import Parser, count, positive
 from narvid.profiling import Profile
+from narvid.progress import tqdm
 
 QUERY = (10, 22)  # tokens: 8 to 20 words, start and end
 SENTENCE = (10, 25)  # tokens

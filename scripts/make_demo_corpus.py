@@ -28,12 +28,12 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from narvid import InputError  # noqa: E402
 from narvid.flags import count, share  # noqa: E402
+from narvid.progress import tqdm
 
 SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
 EVENTS, CAPTIONS = 3, 20  # of each video

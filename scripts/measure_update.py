@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.run import optim
 from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader
 from narvid.flags import positive, positive_float
+from narvid.progress import tqdm
 
 PARTS = (  # name -> pattern of the parameters; the first that fits. Blocks of the towers are split by depth.
     ("logit scale", r"clip\.logit_scale"),

@@ -22,12 +22,12 @@ import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.data.features import Features
 from narvid.data.frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from narvid.data.narrations import Narration, join
+from narvid.progress import tqdm
 
 
 class Split(NamedTuple):

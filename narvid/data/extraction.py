@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.flags import Parser, positive, positive_float
 from narvid.data.frames import INDEX_NAME, frame_path, parse_index_line
 from narvid.data.videos import QUALITY, SHORT_SIDE, compress_video, decode_video, start_worker
 from narvid.data.videos import SUFFIXES as EXTENSIONS
+from narvid.progress import tqdm
 
 FAILED_NAME = "failed.jsonl"
 SMALL_INDEX_NAME = "videos.jsonl"  # of --compress; not frames.INDEX_NAME, so that neither is taken for the other

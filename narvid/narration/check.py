@@ -18,13 +18,12 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from narvid import InputError
 from narvid.flags import Parser, positive
 from narvid.data.frames import load_frame_index, pick_frames
 from narvid.data.narrations import Narration, date_published, join, parse_lines, write_narrations
 from narvid.data.published_narrations import ALIGNMENT, form_of, parse_published, read_text
+from narvid.progress import tqdm
 
 ERRORS = {
     "missing": "frames, no narration",

@@ -22,7 +22,6 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.narration.captioners import (
@@ -49,6 +48,7 @@ from narvid.narration.journals import (
     read_known,
     write_out,
 )
+from narvid.progress import tqdm
 
 SAME_FRAME = 5.0  # grey levels: neighbours in 15 MSR-VTT clips differ by 0 or 1 (stills), once by 6, else by 14 or more
 STOP_AFTER = 10  # frames in a row without a sentence: the server is down or the model mute, for all that follow too

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
 from narvid import InputError, distributed
 from narvid.data.datasets import Split, tokenize
@@ -34,6 +33,7 @@ from narvid.flags import Parser, as_argv, positive
 from narvid.data.frames import frame_paths, load_frame_index, read_frames
 from narvid.metrics import text_to_video_ranks
 from narvid.methods import METHODS
+from narvid.progress import tqdm
 from narvid.run.build import build_model, encoding_of, load_data
 from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
 from narvid.report.comparison import read_ranks

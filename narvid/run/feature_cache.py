@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.towers import encode_frames, encode_text
@@ -42,6 +41,7 @@ from narvid.data.datasets import FrameDataset, Split, make_loader, tokenize
 from narvid.distributed import World, agree
 from narvid.evaluation import Encoding
 from narvid.data.frames import frame_paths
+from narvid.progress import tqdm
 
 KINDS = {"frames": "video", "words": "query", "eos": "sentence"}  # what one entry is of
 VERSION = 1  # raise it with every change that makes other features of the same frames and texts

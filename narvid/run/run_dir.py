@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
 
 from narvid import InputError
+from narvid.progress import tqdm
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",

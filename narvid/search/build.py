@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from narvid import InputError
 from narvid.narration.captioners import Captioner
 from narvid.data.frames import read_frames
+from narvid.progress import tqdm
 from narvid.search.database import NAME
 from narvid.search.engine import compute_statistics
 from narvid.search.reading import SHORT_SIDE, Clip, find_videos, read_all, read_video, windows_of
