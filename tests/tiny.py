@@ -23,6 +23,8 @@ import main_task_retrieval as trainer
 from narvid import towers as clip
 from narvid.data.datasets import Batch, FrameDataset, PairSampler, Split, collate
 from narvid.distributed import World
+from narvid.methods import METHODS
+from narvid.methods.protocol import names_of
 from narvid.model import MODULES, NarVid, NarVidConfig
 
 SIDE = 32  # pixels
@@ -32,6 +34,13 @@ VIDEOS = {"train": 13, "val": 9, "test": 11}
 CLIP = {"embed_dim": 64,
         "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
+# Method -> the settings that train or compute something else than its defaults; a method that is not named has one.
+FORMS = {"narvid": [["--hard_loss", "hinge"], ["--hard_loss", "nce", "--freeze_layers", "-1"], ["--modules"]],
+         "clip4clip": [["--head", "meanP"], ["--head", "seqLSTM", "--linear_patch", "3d"], ["--head", "seqTransf"],
+                       ["--head", "tightTransf"]],
+         "cap4video": [["--stage", "video"], ["--stage", "titles", "--freeze_towers"]]}
+TRAINED = [("--method", method, *form) for method in METHODS if METHODS[method].trained
+           for form in FORMS.get(method, [[]])]  # each goes on from the last one where it must (stage titles)
 LADDER = [list(MODULES[:n]) for n in range(len(MODULES) + 1)]  # Table 3: baseline, + NM, + CMI, + QAF, + CVH
 
 # ---- the corpus ----
@@ -39,7 +48,7 @@ LADDER = [list(MODULES[:n]) for n in range(len(MODULES) + 1)]  # Table 3: baseli
 
 def make_corpus(folder: Path) -> Path:
     """33 videos of 1 to 9 frames at 1 fps, 1 to 4 queries each, narrations with holes -> the folder, ready to train."""
-    rng = np.random.RandomState(7)
+    titles, rng = {}, np.random.RandomState(7)
     index, narrations = [], []
     for split, count in VIDEOS.items():
         pairs = []
@@ -48,11 +57,13 @@ def make_corpus(folder: Path) -> Path:
             seen = _make_frames(folder / "frames" / video, rng, frames=1 + (4 * number + 2) % 9)
             index.append({"video": video, "times": [float(k) for k in range(len(seen))], "sampling": "1 fps"})
             narrations.append({"video": video, "captioner": "tiny", "prompt": "", "sentences": _narrate(seen, rng)})
+            titles[video] = [f"a film of {colour}" for colour in sorted({colour for four in seen for colour in four})]
             queries = _queries(seen, rng, 3 if split == "train" else 1 + number % 4)
             pairs += [{"video": video, "query": query} for query in queries]
         _write_lines(folder / f"{split}.jsonl", pairs)
     _write_lines(folder / "frames" / "index.jsonl", index)
     _write_lines(folder / "narrations.jsonl", narrations)
+    (folder / "titles.json").write_text(json.dumps(titles))
     (folder / "clip.json").write_text(json.dumps(CLIP))
     return folder
 
@@ -95,10 +106,12 @@ def _write_lines(path: Path, entries: list[dict]) -> None:
 
 def flags(corpus: Path, output_dir: Path, *more) -> list[str]:
     """argv of a run of 2 epochs x 2 steps in fp32; `more` stands behind and wins."""
+    method = more[more.index("--method") + 1] if "--method" in more else "narvid"
+    layers = ("--temporal_layers", 2) if "temporal_layers" in names_of(METHODS[method].add_flags) else ()
     return [str(x) for x in (
         "--data_dir", corpus, "--clip_model", corpus / "clip.json", "--output_dir", output_dir, "--max_frames", 6,
-        "--max_words", 24, "--num_workers", 0, "--temporal_layers", 2, "--precision", "fp32", "--epochs", 2,
-        "--batch_size", 16, "--lr", 1e-3, "--clip_lr", 1e-3, "--eval_batch_size", 5, "--log_every", 1, *more)]
+        "--max_words", 24, "--num_workers", 0, *layers, "--precision", "fp32", "--epochs", 2, "--batch_size", 16,
+        "--lr", 1e-3, "--clip_lr", 1e-3, "--eval_batch_size", 5, "--log_every", 1, *more)]
 
 
 def write_checkpoint(path: Path, corpus: Path, modules=MODULES, seed: int = 0) -> Path:
