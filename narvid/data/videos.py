@@ -13,12 +13,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from time import sleep
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from PIL import Image
 
 from narvid import InputError
 
@@ -59,6 +62,41 @@ def decode_video(
     else:
         shown = _uniform(path, n, max_seconds, notes)
     return _pictures(path, shown, short_side)
+
+
+class Clip(NamedTuple):
+    """What was read of a video file: its length, what is amiss, and time (s) and jpg file of each frame."""
+
+    seconds: float
+    note: str
+    times: list[float]
+    jpegs: list[bytes]
+
+
+def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE) -> Clip:
+    """A whole video file, its frames as scripts/extract_frames.py writes them: jpgs of the same size and quality.
+
+    Held in memory; InputError names a file that gives no frame.
+    """
+    times, jpegs, notes = [], [], []
+    for seconds, pixels in decode_video(path, fps=fps, short_side=short_side, notes=notes):
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+        times.append(round(seconds, 3))
+        jpegs.append(file.getvalue())
+    seconds = times[-1] + 1 / fps
+    if not notes:  # the decoder found what the file announces
+        seconds = _announced_seconds(path) or seconds
+    return Clip(max(seconds, times[-1]), "; ".join(notes), times, jpegs)
+
+
+def _announced_seconds(path: str | Path) -> float:
+    """The length that a video file announces, or 0."""
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        return max(0.0, ((container.duration or 0) - max(0, container.start_time or 0)) / 1e6)
 
 
 def compress_video(

@@ -24,10 +24,11 @@ import numpy as np
 from narvid import InputError
 from narvid.narration.captioners import Captioner
 from narvid.data.frames import read_frames
+from narvid.data.videos import SHORT_SIDE, Clip, read_video
 from narvid.progress import tqdm
 from narvid.search.database import NAME
 from narvid.search.engine import compute_statistics
-from narvid.search.reading import SHORT_SIDE, Clip, find_videos, read_all, read_video, windows_of
+from narvid.search.reading import find_videos, read_all, windows_of
 from narvid.search.store import File, Store
 from narvid.search.telling import UNTOLD, Narrator
 

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from narvid import InputError, fusion
 from narvid.data.frames import read_frames
+from narvid.data.videos import read_video
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
-from narvid.search.reading import read_video, windows_of
+from narvid.search.reading import windows_of
 from narvid.search.stage_one import TRAINING, StageOne
 from narvid.search.store import Store, Window
 

@@ -1,9 +1,8 @@
-"""Which files of a folder are videos, what is read of one (jpgs, times, length), how a long one is cut into windows.
+"""Which files of a folder are videos, how a long one is cut into windows, many of them read by worker processes.
 
-Here: all before a model is asked. Not here: sentences (telling.py), features and what is indexed already (build.py).
+Here: all before a model is asked. Not here: what is read of a video (narvid/data/videos.py), sentences (telling.py),
+features and what is indexed already (build.py).
 This file must not import torch: its worker processes do without it (a second and 200 MB each).
-
-Frames are those that scripts/extract_frames.py writes: decode_video's, as jpgs of the same quality and size.
 """
 
 import os
@@ -13,27 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from io import BytesIO
 from math import inf
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
 
 from narvid import InputError
 from narvid.data.frames import pick_frames
-from narvid.data.videos import QUALITY, SHORT_SIDE, SUFFIXES, decode_video, open_container, start_worker
-
-
-class Clip(NamedTuple):
-    """What was read of a video file: its length, what is amiss, and time (s) and jpg file of each frame."""
-
-    seconds: float
-    note: str
-    times: list[float]
-    jpegs: list[bytes]
-
+from narvid.data.videos import SUFFIXES, Clip, start_worker
 
 # ---- which files ----
 
@@ -74,32 +59,6 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except OSError:  # a dangling link, or deleted since
         return None
-
-
-# ---- reading one ----
-
-
-def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE) -> Clip:
-    """Decode a video file; InputError names one that gives no frame. Its jpgs are held in memory."""
-    times, jpegs, notes = [], [], []
-    for seconds, pixels in decode_video(path, fps=fps, short_side=short_side, notes=notes):
-        file = BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
-        times.append(round(seconds, 3))
-        jpegs.append(file.getvalue())
-    seconds = times[-1] + 1 / fps
-    if not notes:  # the decoder found what the file announces
-        seconds = _announced_seconds(path) or seconds
-    return Clip(max(seconds, times[-1]), "; ".join(notes), times, jpegs)
-
-
-def _announced_seconds(path: str | Path) -> float:
-    """The length that a video file announces, or 0."""
-    with open_container(path) as container:
-        stream = container.streams.video[0]
-        if stream.duration:
-            return float(stream.duration * stream.time_base)
-        return max(0.0, ((container.duration or 0) - max(0, container.start_time or 0)) / 1e6)
 
 
 # ---- windows ----

@@ -14,7 +14,7 @@ from narvid import InputError
 from narvid.narration.captioners import Captioner, Failed, ServerCaptioner, check_sees, made_pictures
 from narvid.narration.narrate import SAME_FRAME, STOP_AFTER, distinct_frames
 from narvid.data.narrations import join, load_narrations, to_line
-from narvid.search.reading import Clip
+from narvid.data.videos import Clip
 
 AT_ONCE = 16  # pictures in a batch, or requests to a server
 UNTOLD = "without a sentence"  # in a file's note; --retry looks for it

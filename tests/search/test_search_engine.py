@@ -20,11 +20,11 @@ from narvid import InputError, evaluation, fusion
 from narvid.methods import clip4clip
 from narvid.distributed import World
 from narvid.data.frames import frame_paths, read_frames
+from narvid.data.videos import read_video
 from narvid.search import engine as engines
 from narvid.search import stage_one
 from narvid.search.embedding import Embedder
 from narvid.search.engine import Engine, compute_statistics
-from narvid.search.reading import read_video
 from narvid.search.stage_one import StageOne
 from narvid.search.store import Store
 from narvid.towers import load_clip

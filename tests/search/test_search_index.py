@@ -27,11 +27,12 @@ from narvid.data import extraction as extract_frames
 from narvid import InputError
 from narvid.narration.captioners import Failed, ServerCaptioner
 from narvid.data.frames import pick_frames, read_frames
+from narvid.data.videos import read_video
 from narvid.search import build, engine
 from narvid.search import store as store_module
 from narvid.search.build import Report, update
 from narvid.search.embedding import Embedder
-from narvid.search.reading import SUFFIXES, cut, find_videos, frames_between, read_all, read_video
+from narvid.search.reading import SUFFIXES, cut, find_videos, frames_between, read_all
 from narvid.search.store import Store, Window
 
 
@@ -470,7 +471,7 @@ def test_a_cut_off_file_is_as_long_as_what_is_left(tmp_path):
 
 
 def test_a_file_that_kills_its_reader_costs_that_file(tmp_path):
-    paths = ["1", "__import__('os')._exit(3)", "__import__('narvid').search.reading.read_video('none.mp4')", "4"]
+    paths = ["1", "__import__('os')._exit(3)", "__import__('narvid').data.videos.read_video('none.mp4')", "4"]
     first, second, third, fourth = read_all(paths, eval, workers=1)
     assert (first, fourth) == (1, 4) and isinstance(second, InputError) and isinstance(third, InputError)
     assert "the process that read it died" in str(second) and "none.mp4 cannot be opened" in str(third)
