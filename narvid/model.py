@@ -98,7 +98,7 @@ class CoAttention(nn.Module):
         super().__init__()
         self.frames = CoAttentionStream(dim, dropout)
         self.narration = CoAttentionStream(dim, dropout)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, frames: Tensor, narration: Tensor, mask: Tensor, narration_mask: Tensor) -> tuple[Tensor, Tensor]:
         """frames, narration (V, K, D); masks (V, K) -> both enhanced (V, K, D)."""
@@ -134,7 +134,7 @@ class TemporalEncoder(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(positions, dim))
         self.blocks = nn.ModuleList(TemporalBlock(dim) for _ in range(layers))
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (V, K, D), mask (V, K) -> (V, K, D)."""
@@ -172,7 +172,7 @@ class Heads(nn.Module):
             self.co_attention = CoAttention(dim, config.dropout)
             self.temporal_narration = TemporalEncoder(*temporal)
         if "NM" in config.modules:
-            self.word_weight_mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(_init_linear)
+            self.word_weight_mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(init_linear)
 
     def co_attend(self, frames: Tensor, narration: Tensor, mask: Tensor,
                   narration_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class Heads(nn.Module):
 
     def word_weights(self, words: Tensor, word_mask: Tensor) -> Tensor:
         """App. A: what a word counts in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
-        logits = _widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
+        logits = widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
         return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=1).to(words.dtype)
 
     def start_from_text_tower(self, clip: nn.Module) -> bool:
@@ -216,7 +216,7 @@ class NarVid(nn.Module):
         """tokens (B, L), word_mask (B, L) -> Queries."""
         fine = "NM" in self.heads.config.modules
         eos, words = encode_text(self.clip, tokens)
-        eos, words = _widen(eos), _widen(words)
+        eos, words = widen(eos), widen(words)
         return Queries(eos, words, word_mask, self.heads.word_weights(words, word_mask) if fine else None)
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None, sentence_of_frame: Tensor | None,
@@ -230,7 +230,7 @@ class NarVid(nn.Module):
         narration = None
         if "NM" in self.heads.config.modules:
             eos, _ = encode_text(self.clip, sentences, words=False)  # (U, D)
-            narration = _widen(eos)[sentence_of_frame]  # (V, K, D)
+            narration = widen(eos)[sentence_of_frame]  # (V, K, D)
         return self.heads.enhance(video, narration, mask, narration_mask)
 
     def load_release(self, state: dict[str, Tensor], source: str) -> None:
@@ -241,7 +241,7 @@ class NarVid(nn.Module):
 
 def place_frames(features: Tensor, mask: Tensor) -> Tensor:
     """The N real frames' features (N, D), in fp32 or wider, at their places of mask (V, K) -> (V, K, D); else zeros."""
-    features = _widen(features)
+    features = widen(features)
     placed = features.new_zeros(*mask.shape, features.shape[-1])
     placed[mask] = features
     return placed
@@ -294,12 +294,12 @@ _RELEASED_NAMES = [
 ]
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """Half precision -> fp32: towers may compute in fp16 or bf16, softmaxes and all that follows the joint do not."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
     """The family's initialisation: N(0, 0.02), biases 0 (attention's packed projections included)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)

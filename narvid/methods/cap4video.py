@@ -40,7 +40,7 @@ from narvid.towers import encode_frames, encode_text
 from narvid.flags import positive, share
 from narvid.losses import nce
 from narvid.methods.protocol import Method
-from narvid.model import CoAttentionStream, TemporalEncoder, _init_linear, _widen, place_frames
+from narvid.model import CoAttentionStream, TemporalEncoder, init_linear, place_frames, widen
 
 TITLE_LAYERS = 2
 POSITIONS = 77  # of the temporal encoder, as many as CLIP's text tower has
@@ -79,7 +79,7 @@ class TitleBranch(nn.Module):
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, dim // 64, dim_feedforward=dim, dropout=0.0, batch_first=True)
             for _ in range(TITLE_LAYERS))  # post-LN, ReLU
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def encode(self, towers: nn.Module, tokens: Tensor) -> Tensor:
         """Texts through the shared blocks: tokens (N, M) -> eos (N, D)."""
@@ -88,7 +88,7 @@ class TitleBranch(nn.Module):
             token_embedding=towers.token_embedding, positional_embedding=towers.positional_embedding,
             transformer=towers.transformer, attn_mask=towers.attn_mask, ln_final=self.clip.ln_final,
             text_projection=self.clip.text_projection.to(dtype))
-        return _widen(encode_text(tower, tokens, words=False)[0])
+        return widen(encode_text(tower, tokens, words=False)[0])
 
     def pool(self, titles: Tensor, mask: Tensor) -> Tensor:
         """titles (V, T, D), mask (V, T) -> (V, D), the mean over real titles; 0 for a video without one."""
@@ -149,11 +149,11 @@ class Cap4Video(Method, nn.Module):
         self.clip, self.stage, self.title_weight = towers, stage, title_weight
         # One stream of the two-stream block: of its outcome only the frames are used, so its keys and values are the
         # titles', and the titles' own questions are not built.
-        self.co_attention = CoAttentionStream(dim, dropout).apply(_init_linear)
+        self.co_attention = CoAttentionStream(dim, dropout).apply(init_linear)
         self.temporal = TemporalEncoder(dim, temporal_layers, POSITIONS)
         self.temporal.start_from_text_tower(towers)
         self.word_weight_mlp, self.frame_weight_mlp = (
-            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(_init_linear) for _ in range(2))
+            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)).apply(init_linear) for _ in range(2))
         self.titles = TitleBranch(towers, dim, max_titles)
         self.register_buffer("video_is_trained", torch.tensor(False))
         for name, parameter in self.named_parameters():
@@ -185,7 +185,7 @@ class Cap4Video(Method, nn.Module):
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries; eos only in stage titles."""
         _, words = encode_text(self.clip, tokens)
-        words = _widen(words)
+        words = widen(words)
         eos = self.titles.encode(self.clip, tokens) if self.stage == "titles" else None
         return Queries(words, word_mask, item_weights(self.word_weight_mlp, words, word_mask), eos)
 
@@ -198,7 +198,7 @@ class Cap4Video(Method, nn.Module):
         """
         video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         eos, _ = encode_text(self.clip, titles, words=False)  # (U, D)
-        video = self.enhance(video, _widen(eos)[title_of_slot], mask, title_mask)
+        video = self.enhance(video, widen(eos)[title_of_slot], mask, title_mask)
         pooled = self.pool_titles(titles, title_of_slot, title_mask) if self.stage == "titles" else None
         return Videos(video, mask, item_weights(self.frame_weight_mlp, video, mask), pooled)
 
@@ -207,11 +207,11 @@ class Cap4Video(Method, nn.Module):
         slots = max(mask.shape[1], title_mask.shape[1])  # the stream takes two sequences of one length
         padded = (F.pad(x, (0, 0, 0, slots - x.shape[1])) for x in (frames, titles))
         answered = self.co_attention(*padded, self.co_attention, F.pad(title_mask, (0, slots - title_mask.shape[1])))
-        return self.temporal(_widen(answered[:, :mask.shape[1]]), mask)
+        return self.temporal(widen(answered[:, :mask.shape[1]]), mask)
 
     def pool_titles(self, titles: Tensor, title_of_slot: Tensor, title_mask: Tensor) -> Tensor:
         """titles (U, M) tokens, title_of_slot (V, T), title_mask (V, T) -> (V, D)."""
-        return _widen(self.titles.pool(self.titles.encode(self.clip, titles)[title_of_slot], title_mask))
+        return widen(self.titles.pool(self.titles.encode(self.clip, titles)[title_of_slot], title_mask))
 
     # ---- scores, loss, result ----
 
@@ -244,7 +244,7 @@ class Cap4Video(Method, nn.Module):
 
 def item_weights(mlp: nn.Module, items: Tensor, mask: Tensor) -> Tensor:
     """What each word or frame counts: items (N, L, D), mask (N, L) -> (N, L), rows sum to 1 (0 without a real one)."""
-    logits = _widen(mlp(items)).squeeze(-1)  # (N, L)
+    logits = widen(mlp(items)).squeeze(-1)  # (N, L)
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim=1) * mask
 
 

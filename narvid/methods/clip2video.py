@@ -31,7 +31,7 @@ from narvid.flags import positive, share
 from narvid.fusion import Statistics
 from narvid.losses import nce
 from narvid.methods.protocol import Method
-from narvid.model import NarVidConfig, TemporalBlock, _init_linear, _widen, place_frames
+from narvid.model import NarVidConfig, TemporalBlock, init_linear, place_frames, widen
 
 
 class Queries(NamedTuple):
@@ -85,13 +85,13 @@ class CLIP2Video(Method, nn.Module):
         self.alignment_block = TemporalBlock(dim)
         self.weight_centers = nn.Parameter(64 ** -0.5 * torch.randn(centers, dim))  # who collects a token
         self.embedding_centers = nn.Parameter(64 ** -0.5 * torch.randn(centers, dim))  # what it is measured from
-        self.apply(_init_linear)
+        self.apply(init_linear)
         self.clip = towers  # after the initialisation of the heads: it must not touch the towers
         self._start_from_text_tower()
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries. The start token is not aligned, the end token is."""
-        eos, words = (_widen(x) for x in encode_text(self.clip, tokens))
+        eos, words = (widen(x) for x in encode_text(self.clip, tokens))
         not_start = torch.arange(words.shape[1], device=words.device) > 0  # (L,)
         return Queries(F.normalize(eos, dim=-1), self.align(words, word_mask & not_start))
 

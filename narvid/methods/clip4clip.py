@@ -36,7 +36,7 @@ from narvid import InputError, losses
 from narvid.towers import ARCHIVE_KEYS, PatchProduct, encode_frames, encode_text, load_weights
 from narvid.flags import positive
 from narvid.methods.protocol import Method
-from narvid.model import NarVidConfig, TemporalEncoder, _init_linear, _widen, place_frames
+from narvid.model import NarVidConfig, TemporalEncoder, init_linear, place_frames, widen
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 TILE = 32  # side of the square of pairs that tightTransf scores at once: 3 GiB in training at D 512, K 12, 4 blocks
@@ -75,7 +75,7 @@ class PairTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.dense = nn.Linear(dim, dim)
         self.logit = nn.Linear(dim, 1)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, eos: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
         """eos (B, D), frames (V, K, D), mask (V, K) -> logits (B, V)."""
@@ -153,7 +153,7 @@ class CLIP4Clip(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
-        return Queries(_widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: None = None, sentence_of_frame: None = None,
                       narration_mask: None = None) -> Videos:

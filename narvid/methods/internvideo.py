@@ -33,7 +33,7 @@ from narvid import losses
 from narvid.towers import encode_text, load_weights
 from narvid.flags import share
 from narvid.methods.protocol import Method
-from narvid.model import _widen
+from narvid.model import widen
 
 TAPS = 4  # blocks of the image tower, from the last one down, that feed the decoder
 
@@ -138,7 +138,7 @@ class InternVideo(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries."""
-        return Queries(_widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None = None,
                       sentence_of_frame: Tensor | None = None, narration_mask: Tensor | None = None) -> Videos:
@@ -155,11 +155,11 @@ class InternVideo(Method, nn.Module):
 
         def spread(class_token: Tensor, patches: Tensor) -> Tensor:
             """(N, 1, C), (N, S - 1, C) -> (V, K, S, C); where padded the blank picture's tokens, or zeros."""
-            tokens = _widen(torch.cat([class_token, patches], dim=1))  # (N, S, C)
+            tokens = widen(torch.cat([class_token, patches], dim=1))  # (N, S, C)
             return (tokens if self.unmasked_padding else F.pad(tokens, (0, 0, 0, 0, 0, 1)))[place]
 
         spreads = (spread(*tap) for tap in zip(taps["image_intermediates_prefix"], taps["image_intermediates"]))
-        return Videos(_widen(self.decoder(spreads, mask | self.unmasked_padding)))
+        return Videos(widen(self.decoder(spreads, mask | self.unmasked_padding)))
 
     def score(self, queries: Queries, videos: Videos, *, block: int | None = None) -> dict[str, Tensor]:
         """Cosines {"video": (B, V)}; one product, so `block` is not read."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from narvid.towers import encode_frames, encode_text, load_released_towers
 from narvid.methods.protocol import Method
-from narvid.model import _widen, place_frames
+from narvid.model import place_frames, widen
 from narvid.methods.clip4clip import Queries, mean_pool
 
 
@@ -65,7 +65,7 @@ class ZeroShot(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
-        return Queries(_widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None, sentence_of_frame: Tensor | None,
                       narration_mask: Tensor | None) -> Videos:
@@ -76,7 +76,7 @@ class ZeroShot(Method, nn.Module):
         video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
         narration = None
         if self.use_narration:
-            eos = _widen(encode_text(self.clip, sentences, words=False)[0])  # (U, D)
+            eos = widen(encode_text(self.clip, sentences, words=False)[0])  # (U, D)
             narration = mean_pool(eos[sentence_of_frame], narration_mask)
         return Videos(mean_pool(video, mask), narration)
 
