@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -266,8 +267,6 @@ def lock(folder: str | Path, name: str = ".lock", *, wait: bool = False) -> IO[b
     names the owner, or waits. The temporary files of an owner that was killed are removed. A disk that knows no locks
     lets everybody in.
     """
-    import fcntl
-
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
