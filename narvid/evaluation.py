@@ -18,7 +18,7 @@ from torch import Tensor
 from narvid import InputError, fusion
 from narvid.data.datasets import FrameDataset, Split, collate, make_loader, tokenize
 from narvid.distributed import World, agree, collect, join_columns, share, total
-from narvid.metrics import retrieval_metrics
+from narvid.metrics import NAMES, retrieval_metrics
 from narvid.progress import tqdm
 
 
@@ -180,7 +180,7 @@ def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_qu
 
 def format_table(metrics: dict[str, dict], title: str) -> str:
     """The metrics as a table of fixed width: a row a matrix, both directions side by side."""
-    columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
+    columns = NAMES
     directions = [d for d in ("text_to_video", "video_to_text") if d in next(iter(metrics.values()))]
     head = " | ".join(f"{d.replace('_', '-'):^34}" for d in directions)
     names = " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)

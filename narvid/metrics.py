@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NAMES = ("R@1", "R@5", "R@10", "MdR", "MnR")  # of what is computed from ranks, in the order of tables
+
 
 def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray) -> dict[str, dict[str, float]]:
     """Both directions of retrieval.

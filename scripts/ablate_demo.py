@@ -30,7 +30,8 @@ from narvid.model import MODULES
 from narvid.progress import tqdm
 from narvid.run.run_dir import RunDir, load_checkpoint
 from narvid.run import settings
-from narvid.report.comparison import read_ranks, read_side, spread
+from narvid.report.comparison import read_side, spread
+from narvid.report.runs import read_ranks
 
 LADDER = {name: ["--modules", *MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
 ROWS = LADDER | {  # run -> its flags beyond the preset, which switches all four modules on

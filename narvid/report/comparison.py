@@ -8,34 +8,14 @@ Text-to-video only. Here: files and the table. Not here: the statistics (narvid/
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from narvid import InputError
+from narvid.flags import Parser
 from narvid.metrics import paired_bootstrap
-
-
-def read_ranks(run: Path, matrix: str | None) -> tuple[list[tuple[str, str]], np.ndarray, str]:
-    """A run's ranks.csv -> (video, query) of every line, ranks (B,), the matrix they are of (default: the last one)."""
-    path = run / "ranks.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); name folders of runs that have ended") from error
-    matrices = [name for name in (lines[0] if lines else {}) if name not in ("video", "query")]
-    if not matrices:
-        raise InputError(f"{path}: holds no ranks; evaluate the run again")
-    if matrix and matrix not in matrices:
-        raise InputError(f"{path}: has no matrix {matrix}, only {', '.join(matrices)}")
-    matrix = matrix or matrices[-1]
-    try:
-        ranks = np.array([int(line[matrix]) for line in lines])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: a rank of {matrix} is no number ({error}); evaluate the run again") from error
-    return [(line["video"], line["query"]) for line in lines], ranks, matrix
+from narvid.report.runs import read_ranks
 
 
 def read_side(runs: list[Path], matrix: str | None) -> tuple[list[tuple[str, str]], np.ndarray, str]:
@@ -49,14 +29,21 @@ def read_side(runs: list[Path], matrix: str | None) -> tuple[list[tuple[str, str
     return sides[0][0], np.stack([side[1] for side in sides]), "/".join(names)
 
 
+def samples(text: str) -> int:
+    """A whole number from 1 to a million: more would say nothing more."""
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and 0 < int(text) <= 10 ** 6):
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from 1 to 1000000")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print both sides and their difference."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN", help="one or several seeds")
     parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN", help="the same of the other side")
     parser.add_argument("--matrix", help="S_qv, S_qn, S_sum, S_fusion ... [the last one of each run]")
-    parser.add_argument("--samples", type=int, default=10_000, help="of the bootstrap")
+    parser.add_argument("--samples", type=samples, default=10_000, help="of the bootstrap, at most a million")
     args = parser.parse_args(argv)
     pairs, ranks_a, matrix_a = read_side(args.a, args.matrix)
     pairs_b, ranks_b, matrix_b = read_side(args.b, args.matrix)

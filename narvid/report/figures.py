@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from narvid import InputError
 from narvid.flags import Parser
@@ -36,6 +35,7 @@ from narvid.fusion import matrix_statistics
 from narvid.metrics import text_to_video_ranks
 from narvid.data.narrations import CAPTIONER, form_of, read_text
 from narvid.methods import METHODS
+from narvid.report.runs import final_of, read_config, read_results
 from narvid.run.run_dir import FREE_TO_CHANGE
 from narvid.run.settings import flags_of
 
@@ -80,21 +80,9 @@ def read_runs(folder: Path) -> list[Run]:
 
 def read_run(path: Path, folder: Path) -> Run:
     """One run directory; InputError names what is damaged."""
-    file = path / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        file = path / "results.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        results = [json.loads(line) for line in lines]
-        final = results[-1] if results and results[-1].get("final") else None
-        name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
-        run = Run(name, path, dict(config), results, final)
-        if final:
-            float(run.recall)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read ({type(error).__name__}); delete this run, or evaluate it again"
-                         ) from error
-    return run
+    results = read_results(path)
+    name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
+    return Run(name, path, read_config(path), results, final_of(results))
 
 
 def likeness(run: Run, *leave_out: str) -> str:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from narvid import InputError, distributed
@@ -36,7 +35,7 @@ from narvid.methods import METHODS
 from narvid.progress import tqdm
 from narvid.run.build import build_model, encoding_of, load_data
 from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
-from narvid.report.comparison import read_ranks
+from narvid.report.runs import read_config, read_ranks
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 TILE = 112  # pixels: side of a frame on the page
@@ -69,17 +68,9 @@ class Side(NamedTuple):
 
 def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespace:
     """The trainer's flags that evaluate this run on the test split, from its config.yaml."""
-    path = run / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}); name the folder of a run") from error
-    if not isinstance(config, dict) or "data_dir" not in config:
-        raise InputError(f"{path}: is no run's config.yaml; name the folder of a run")
+    path, config = run / "config.yaml", read_config(run)
     checkpoint = str(run / "best.pt") if (run / "best.pt").exists() else config.get("checkpoint")
     method = config.get("method", DEFAULT_METHOD)
-    if method not in METHODS:
-        raise InputError(f"{path}: there is no method {method}; name the folder of a run of this code")
     if not checkpoint and METHODS[method].trained:
         raise InputError(f"{run / 'best.pt'}: is missing; name the folder of a run that has ended")
     kept = {flag: value for flag, value in config.items() if value is not None and flag not in NOT_TAKEN}

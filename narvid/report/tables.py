@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import subprocess
 import sys
@@ -20,15 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from narvid import InputError
-from narvid.methods import METHODS
+from narvid.report.runs import final_of, read_config, read_results
 from narvid.run.run_dir import load_checkpoint
 from narvid.run.settings import DEFAULT_METHOD
 from narvid.report.published import DIRECTIONS, ROOT, Row, differences, last_name, meaning, read_published
-
-RESULT = {"metrics", "select_on", "queries", "videos"}  # what is read of a final evaluation, beside post-processing
 
 
 @dataclass
@@ -58,27 +54,16 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         if (path.parent / "config.yaml").exists():
             continue  # RUN/eval
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            if not isinstance(config, dict) or config.get("method", DEFAULT_METHOD) not in METHODS:
-                raise ValueError("it names no method of this code")
-            config = {"method": DEFAULT_METHOD, "eval_only": False, "checkpoint": None} | config
+            config = {"method": DEFAULT_METHOD, "eval_only": False, "checkpoint": None} | read_config(path)
             runs.append(Run(path, config, final_result(path)))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            said.append(f"{path}: left out, config.yaml or results.jsonl cannot be read "
-                        f"({str(error).splitlines()[0]}); mend or remove it")
+        except InputError as error:
+            said.append(f"{path}: left out, it cannot be read ({error})")
     return with_evaluations(runs, said), said
 
 
 def final_result(path: Path) -> dict | None:
-    """The final evaluation in a run directory; ValueError where the file is damaged."""
-    try:
-        lines = (path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    last = json.loads(lines[-1]) if lines else {}
-    if not isinstance(last, dict) or last.get("final") and not RESULT <= last.keys():
-        raise ValueError("the last line of results.jsonl is no result of this code")
-    return last if last.get("final") else None
+    """The final evaluation in a run directory; InputError where the file is damaged."""
+    return final_of(read_results(path))
 
 
 def with_evaluations(runs: list[Run], said: list[str]) -> list[Run]:
@@ -101,8 +86,8 @@ def with_evaluations(runs: list[Run], said: list[str]) -> list[Run]:
     for run in own:
         try:
             run.result = (final_result(run.path / "eval") or {}) | (run.result or {}) or None
-        except ValueError as error:
-            run.why = f"eval/results.jsonl cannot be read ({error}); remove the folder"
+        except InputError as error:
+            run.why = f"its evaluation cannot be read ({error})"
     return own
 
 

@@ -11,6 +11,7 @@ from narvid import InputError
 from narvid.data.datasets import read_queries
 from narvid.metrics import summarise
 from narvid.report import comparison as compare_runs
+from narvid.report.runs import read_ranks
 
 
 def write(folder, ranks, queries=None):
@@ -35,7 +36,7 @@ def test_seeds_get_mean_and_spread_and_a_clear_difference_is_one(tmp_path, capsy
 
 @pytest.mark.parametrize("change, said", [
     (dict(queries=["other"] * 5), "other queries"),
-    (dict(ranks=["1", "2", "x", "1", "1"]), "is no number"),
+    (dict(ranks=["1", "2", "x", "1", "1"]), "no whole number above 0"),
 ])
 def test_refuses(tmp_path, change, said):
     a = write(tmp_path / "a", [1, 2, 3, 4, 5])
@@ -51,6 +52,6 @@ def test_refuses(tmp_path, change, said):
 def test_a_run_writes_the_ranks_of_its_table(corpus, tmp_path, capsys):
     returned = trainer.main(tiny.flags(corpus, tmp_path / "run"))
     for matrix, metrics in returned.items():
-        pairs, ranks, name = compare_runs.read_ranks(tmp_path / "run", matrix)
+        pairs, ranks, name = read_ranks(tmp_path / "run", matrix)
         assert name == matrix and summarise(ranks) == metrics["text_to_video"]
     assert [query for _, query in pairs] == read_queries(corpus / "test.jsonl")

@@ -15,7 +15,7 @@ import yaml
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.metrics import retrieval_metrics
+from narvid.metrics import NAMES, retrieval_metrics
 from narvid.report import figures as make_figures
 
 LOG = """12 pairs of 4 videos, 10 steps an epoch
@@ -34,7 +34,8 @@ def write_run(folder, recall, *flags, narrations=None, **other):
                                     *map(str, flags)]))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"# commit: none\n{yaml.safe_dump(args)}")
-    metrics = {name: {"text_to_video": {"R@1": value}} for name, value in (("S_qv", 1.0), ("S_fusion", recall))}
+    metrics = {name: {"text_to_video": dict.fromkeys(NAMES, 50.0) | {"R@1": value}}
+               for name, value in (("S_qv", 1.0), ("S_fusion", recall))}
     final = {"split": "test", "select_on": args["select_on"], "queries": 9, "videos": 9, "metrics": metrics,
              "final": True, **other}
     (folder / "results.jsonl").write_text(json.dumps(final) + "\n")
@@ -97,7 +98,8 @@ def test_figure7_takes_runs_that_differ_in_its_flag_and_the_seed_alone(runs, fla
 def test_curves_take_the_last_time_that_a_step_was_run(tmp_path):
     run = write_run(tmp_path / "run", 50.0)
     (run / "log.txt").write_text(LOG)
-    chosen = {"epoch": 1, "step": 0, "metrics": {"S_fusion": {"text_to_video": {"R@1": 30.0}}}}
+    chosen = {"epoch": 1, "step": 0, "split": "val", "select_on": "val", "queries": 9, "videos": 9,
+              "metrics": {"S_fusion": {"text_to_video": dict.fromkeys(NAMES, 50.0) | {"R@1": 30.0}}}}
     (run / "results.jsonl").write_text(json.dumps(chosen) + "\n" + (run / "results.jsonl").read_text())
     losses, points = make_figures.curve_data(make_figures.read_run(run, tmp_path))
     assert losses == {"loss": [(5, 3.0), (10, 2.4), (15, 2.0)], "nce_video": [(5, 2.0), (10, 1.4), (15, 1.25)],
@@ -137,7 +139,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--run y: .* has x"):
         make_figures.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--run", "y"])
     (run / "results.jsonl").write_text('{"final": true}\n')
-    with pytest.raises(InputError, match="results.jsonl: cannot be read"):
+    with pytest.raises(InputError, match="results.jsonl:1: is no result"):
         make_figures.read_runs(tmp_path / "runs")
     assert not (tmp_path / "out").exists()
 

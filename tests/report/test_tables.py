@@ -158,7 +158,8 @@ def write_run(path, config, *values, matrices=("S_qv", "S_qn", "S_sum", "S_fusio
                    for i, name in enumerate(reversed(matrices))}
         final = {"split": "test", "select_on": config["select_on"], "queries": 1000, "videos": 1000,
                  "metrics": dict(reversed(metrics.items())), "final": True} | more
-        (path / "results.jsonl").write_text(json.dumps({"split": "val"}) + "\n" + json.dumps(final) + "\n")
+        lines = [final | {"split": "val", "final": False}, final]
+        (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -225,7 +226,7 @@ def test_what_is_not_there_is_said_with_the_command_for_it(tmp_path, show):
     said = {line.split(":")[0].rpartition("/")[2]: line for line in said}
     assert "unfinished, 0 of 5 epochs" in said["started"]
     assert "nearest is NarVid, Table 2, MSVD, NarVid: epochs 7, not 5; lam 3.0, not 0.9" in said["other"]
-    assert "cannot be read" in said["torn"] and "of no row" in said["foreign"]
+    assert "cannot be read" in said["torn"] and "has no data_dir" in said["foreign"]
     assert "whose run is not here" in said["evaluated"] and "no table is of demo," in said["demo"]
     assert {line["status"] for line in lines} == {"unfinished", "not run", "published only"}
     number = re.search(r"NM CMI QAF  .* not run \[(\d+)\]", text)[1]
