@@ -5,6 +5,9 @@ order (Sec. 3.1), each with the time of its frame in seconds. Sentences meet fra
 No pixel is touched here (`frames.py`), no sentence is made (`captioners.py`) and none is tokenized (`clip.py`).
 What published files hold is in `published_narrations.py`, what is wrong with a file in `check_narrations.py`.
 
+A frame has one sentence or none: that is decided here and nowhere else (`Narration.times` increase strictly, `join` gives
+a frame at most one). To let it have several, change these two and what `join` returns; all else takes what it returns.
+
     {"video": "video7", "captioner": "llava-1.5-7b", "prompt": "...", "sentences": [{"time": 0.0, "text": "..."}, ...]}
 
 Check a file, ours or a published one, against the extracted frames; turn a published one into the form above:
