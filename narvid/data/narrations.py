@@ -2,11 +2,11 @@
 
 A narration is what a captioner wrote about the extracted frames of one video: one sentence a frame, in chronological
 order (Sec. 3.1), each with the time of its frame in seconds. Sentences meet frames by that time, never by position.
-No pixel is touched here (`frames.py`), no sentence is made (`captioners.py`) and none is tokenized (`clip.py`).
-What published files hold is in `published_narrations.py`, what is wrong with a file in `check_narrations.py`.
+No pixel is touched here (`frames.py`), no sentence is made (`narvid/narration`) and none is tokenized (`datasets.py`).
+What published files hold is in `published_narrations.py`, what is wrong with a file in `narvid/narration/check.py`.
 
-A frame has one sentence or none: that is decided here and nowhere else (`Narration.times` increase strictly, `join` gives
-a frame at most one). To let it have several, change these two and what `join` returns; all else takes what it returns.
+A frame has one sentence or none: that is decided here and nowhere else (`Narration.times` increase strictly, `join`
+gives a frame at most one). To let it have several, change these two and what `join` returns.
 
     {"video": "video7", "captioner": "llava-1.5-7b", "prompt": "...", "sentences": [{"time": 0.0, "text": "..."}, ...]}
 

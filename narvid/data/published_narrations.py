@@ -1,7 +1,7 @@
 """Published files of captions: what stands in them, and which frame each caption is given, since none has times.
 
 Two forms are read. Our own form and the join by time are in `narrations.py`, the command that converts in
-`check_narrations.py`.
+`narvid/narration/check.py`.
 
 NarVid's release, one list a corpus, captions in the order of the frames they were made from:
     [{"video_file": "video7.mp4", "caption_1": "...", "caption_2": "...", ...}, ...]

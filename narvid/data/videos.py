@@ -1,7 +1,7 @@
 """Video files: decoding one at chosen times, and writing one again as a small mp4 (PyAV).
 
 Here: which decoded frame is on screen when, damaged files, colours and rotation. Not here: frame folders and what
-training reads (frames.py), which files, the pool of workers (scripts/extract_frames.py,
+training reads (frames.py), which files, the pool of workers (extraction.py,
 search/reading.py). Training never imports this.
 
 Shapes: H, W height and width of a picture.

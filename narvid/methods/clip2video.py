@@ -4,7 +4,7 @@ Two scores of a query and a video. Global: the temporal difference block (TDB) p
 frames a token made of their difference; a transformer over all tokens, the frames' outputs averaged; cosine with the
 query's eos. Alignment: in the temporal alignment block (TAB) centers shared by words and frames collect residuals of
 either side, after NetVLAD; cosine of what they collected. Result and loss are w * global + (1 - w) * alignment.
-Here: the blocks, the losses, the released weights' names. Not here: the towers (clip.py), data, metrics.
+Here: the blocks, the losses, the released weights' names. Not here: the towers (towers.py), data, metrics.
 
 The full model as the released code computes it, with four departures. 1. Where lengths differ, the release gives heads
 of one video the attention mask of another, so its scores depend on the batch; here each video has its own mask. 2. The

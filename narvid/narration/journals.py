@@ -4,7 +4,7 @@ A shard appends every sentence at once to its own journal, <OUT>.parts/<shard>-o
   {"video", "time": of that frame, "shared": [times of the frames that share its sentence], "text" or "why" there is
   none, "captioner", "prompt"}
 Whoever starts reads all journals and OUT. So a kill costs the frames in hand and nothing else, and the number of shards
-may change between two runs. OUT's own videos stay. Not here: frames, models, flags (narrating.py, captioners.py).
+may change between two runs. OUT's own videos stay. Not here: frames, models, flags (narrate.py, captioners.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python scripts/eval_tables.py runs                       (or bash scripts/eval_tables.sh)
 
-Which runs belong to a row: scripts/published.py. Those of a row are averaged, but never trained ones with released
+Which runs belong to a row: report/published.py. Those of a row are averaged, but never trained ones with released
 weights, epochs chosen on different splits, or different test sets. A run that was trained to the end and lacks what a
 row needs is evaluated by the trainer's --eval_only into RUN/eval. Nothing else is written but RUNS/tables.md and .csv.
 """
