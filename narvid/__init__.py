@@ -1,5 +1,7 @@
 """NarVid: text-video retrieval with frame-level captions (Hur et al., CVPR 2025)."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 
 
@@ -9,3 +11,10 @@ class InputError(ValueError):
     def __init__(self, message: str):
         # A loader's worker process hands its error on inside a printed traceback; the sentence is what stands last.
         super().__init__(str(message).rpartition("narvid.InputError: ")[2].strip())
+
+
+def __getattr__(name: str):
+    """`narvid.Retriever`, whose file is read when it is asked for: torch takes a second, and workers do without it."""
+    if name == "Retriever":
+        return import_module("narvid.retriever").Retriever
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

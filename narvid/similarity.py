@@ -32,9 +32,7 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     The filter's arguments are those of `filter_weights`.
     """
     options = {"method": method, "p": p, "k": k, "temperature": temperature, "fidelity": fidelity}
-    views = {"video": (videos.frames, videos.mask)}
-    if videos.narration is not None:
-        views["narration"] = (videos.narration, videos.narration_mask)
+    views = views_of(videos)
     dtype = videos.frames.dtype
     if block is None:
         tile = _QueryTile.of(queries, dtype, fine)
@@ -64,15 +62,21 @@ def kept(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float 
     Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
     None. The filter's arguments are those of `filter_weights`.
     """
-    views = {"video": (videos.frames, videos.mask)}
-    if videos.narration is not None:
-        views["narration"] = (videos.narration, videos.narration_mask)
+    views = views_of(videos)
     eos, weights = F.normalize(queries.eos.double(), dim=-1), {}
     for name, (features, mask) in views.items():
         cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
         weights[name] = filter_weights(cosine, mask, method=method, p=p, k=k, temperature=temperature,
                                        fidelity=fidelity)
     return weights
+
+
+def views_of(videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
+    """{"video": (frames, mask), "narration": (narration, its mask)}; without the latter where there is no narration."""
+    views = {"video": (videos.frames, videos.mask)}
+    if videos.narration is not None:
+        views["narration"] = (videos.narration, videos.narration_mask)
+    return views
 
 
 def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,

@@ -198,6 +198,10 @@ class CLIP4Clip(Method, nn.Module):
                 for eos in queries.eos.split(side)]
         return {"video": torch.cat(rows)}
 
+    def vectors(self, videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
+        """The pooled frames, of the heads that have them."""
+        return {"video": (videos.video, videos.mask.any(dim=1))}
+
     def _score_tile(self, eos: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # keeps the tile's inputs alone, and computes it again in backward
             return checkpoint(self.pairs, eos, frames, mask, use_reentrant=False)

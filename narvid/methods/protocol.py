@@ -9,7 +9,8 @@ Of the class and the flags of a run (a Namespace), without a model:
     score_has_parameters(flags)   True: what `score` computes is trained too, so a batch cannot be encoded in parts
     features_suffice(flags)       False: it reaches deeper into the towers than their features (--feature_cache)
     averages_clip(flags)          True: a released checkpoint is averaged with the weights of --clip_pretrained
-    searchable(flags)             True: `narvid.search` can use it
+    searchable(flags)             True: `narvid.search` can use it; its queries have an `eos` (B, D), it has `vectors`
+    frames_alone                  what search says where there is no narration: what that costs; "" where it reads none
     loss_flags                    own flags of the loss or the data: a checkpoint does not bring them back
     unread(flags)                 flags that this setting does not use: runs that differ in them alone are alike
     alike(flags)                  own flags under the values by which runs are compared, where two values mean the same
@@ -26,7 +27,14 @@ Of the model, an nn.Module over `self.clip`:
     loss(similarity, scale, exclude)                     -> {name: scalar}, to be summed
     combine(scores, weight, statistics=None)             -> (name, (B, V)) of the result table, the result last
     kept(queries, videos)                                -> {view: (B, V, K)} weights, 0 where dropped; None: no filter
+    vectors(videos)                                      {view: (x, mask)} that search compares with a query's eos: a
+                                                         vector a video, x (V, D), mask (V,), or one a frame or
+                                                         sentence, x (V, K, D), mask (V, K); mask True = there is one
+    unfiltered(queries, videos, *, block=None)           `score` with every frame and sentence counting alike: search's
+                                                         "more like this", where the frames of a video are the words
     load_release(state, source)                          a released checkpoint; ValueError naming `source`
+
+A video's features may come without a narration (a field that is None); `score` then leaves that view out.
 
 Frames and text pass through towers.encode_frames and towers.encode_text of `self.clip`, which take the feature cache's
 features too. To add a method: write its file, name its class in METHODS, and tests/methods/test_guards.py looks at it.
@@ -55,6 +63,7 @@ class Method:
     trained = True
     max_frames: int | None = None
     loss_flags: frozenset[str] = frozenset()
+    frames_alone = ""
 
     @classmethod
     def views(cls, flags) -> tuple[str, ...]:
@@ -118,6 +127,10 @@ class Method:
                 self.clip.logit_scale.exp())
 
     combine = staticmethod(fusion.combine)
+
+    def unfiltered(self, queries, videos, *, block: int | None = None) -> dict[str, Tensor]:
+        """`score` with every frame and sentence counting alike; of a method without a filter its score."""
+        return self.score(queries, videos, block=block)
 
     def kept(self, queries, videos) -> dict[str, Tensor] | None:
         """The weights with which each query looks at frames and sentences; None without a filter."""

@@ -37,6 +37,9 @@ class ZeroShot(Method, nn.Module):
 
     trained = False
 
+    frames_alone = ("For plain CLIP that loses nothing: in the paper it finds the right video first for 31.4 % of "
+                    "MSR-VTT's queries by frames, for 27.3 % with a narration (Table 9)")
+
     @classmethod
     def views(cls, flags) -> tuple[str, ...]:
         """S_qn too, unless the narration is switched off."""
@@ -83,8 +86,12 @@ class ZeroShot(Method, nn.Module):
     def score(self, queries: Queries, videos: Videos, *, block: int | None = None) -> dict[str, Tensor]:
         """{"video": (B, V), "narration": (B, V)}, cosines; one product each, so `block` is not needed."""
         eos = F.normalize(queries.eos, dim=-1)
-        views = ("video", "narration") if self.use_narration else ("video",)
-        return {view: eos @ getattr(videos, view).T for view in views}
+        return {view: eos @ x.T for view, (x, _) in self.vectors(videos).items()}
+
+    def vectors(self, videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
+        """The pooled features; that of a narration without a sentence is 0."""
+        views = {"video": videos.video, "narration": videos.narration}
+        return {view: (x, (x != 0).any(dim=1)) for view, x in views.items() if x is not None}
 
     def load_release(self, state: dict, source: str) -> None:
         """The towers of any released checkpoint that keeps them under "clip."; what it trained on top is left out."""

@@ -54,7 +54,7 @@ def read_results(run: Path) -> list[dict]:
         return []
     results = list(read_json_lines(path, advice=ADVICE))
     for line, result in results:
-        if not _is_result(result):
+        if not is_result(result):
             raise _damaged(path, "is no result of this code", line)
     return [result for _, result in results]
 
@@ -83,7 +83,7 @@ def read_ranks(run: Path, matrix: str | None) -> tuple[list[tuple[str, str]], np
     return [(values["video"], values["query"]) for _, values in lines], ranks, matrix
 
 
-def _is_result(value: object) -> bool:
+def is_result(value: object) -> bool:
     """Whether a line of results.jsonl holds what readers ask of it."""
     return (isinstance(value, dict) and {"metrics", "select_on", "queries", "videos", "split"} <= value.keys()
             and isinstance(value["select_on"], str) and isinstance(value["split"], str)

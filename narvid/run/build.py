@@ -20,7 +20,7 @@ from narvid.data.titles import load_titles, with_titles
 from narvid.evaluation import Encoding
 from narvid.methods import METHODS
 from narvid.run import optim
-from narvid.run.run_dir import load_checkpoint
+from narvid.run.exported import load_model
 from narvid.run.settings import DEFAULT_METHOD, autocast, is_ours
 
 
@@ -31,7 +31,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     InputError in one sentence for what cannot be built or loaded.
     """
     try:
-        stored = load_checkpoint(args.checkpoint) if args.checkpoint else {}
+        stored = load_model(args.checkpoint) if args.checkpoint else {}
         clip = _build_towers(args, stored)
         _check_sizes(args, clip.config)
         model = METHODS[args.method].from_flags(clip, args)
@@ -70,7 +70,11 @@ def _build_towers(args: argparse.Namespace, stored: dict) -> torch.nn.Module:
             if getattr(args, flag) != value:
                 raise InputError(f"{args.checkpoint}: a checkpoint of another model, --{flag} {value}, not "
                                  f"{getattr(args, flag)}")
-        return towers.build_towers(towers.ClipConfig(**stored["clip_config"]), half=half)
+        try:
+            return towers.build_towers(towers.ClipConfig(**stored["clip_config"]), half=half)
+        except Exception as error:  # whatever open_clip raises for sizes that make no sense
+            raise InputError(f"{args.checkpoint}: holds no sizes of towers that can be built "
+                             f"({type(error).__name__}: {str(error)[:200]}); name another checkpoint") from error
     averaged = METHODS[args.method].averages_clip(args)
     if averaged and not (stored and args.clip_pretrained):
         raise InputError(f"--method {args.method} is told to average a released --checkpoint with CLIP's weights: give "

@@ -18,7 +18,7 @@ from narvid import InputError
 from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
 from narvid.methods import METHODS
 from narvid.methods.protocol import names_of
-from narvid.run.run_dir import load_checkpoint
+from narvid.run.exported import load_model
 
 ABOUT = """Train and evaluate NarVid: python main_task_retrieval.py --config configs/msrvtt_vitb16.yaml --output_dir
 runs/msrvtt. The same under torchrun, on CPUs or GPUs."""
@@ -53,7 +53,7 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
     g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
     g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
-    g.add_argument("--checkpoint", help="start from these weights: a run's best.pt, or the method's released file")
+    g.add_argument("--checkpoint", help="start from these weights: a run, an exported folder, or a released file")
 
     METHODS[method].add_flags(parser.add_argument_group(method))
 
@@ -210,7 +210,7 @@ def is_ours(stored: dict) -> bool:
 def _args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
     """The flags that a checkpoint of ours was trained with; {} for a released one."""
     try:
-        stored = load_checkpoint(path)
+        stored = load_model(path)
         return stored["args"] if is_ours(stored) else {}
     except InputError as error:
         parser.error(str(error))
@@ -218,12 +218,20 @@ def _args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
 
 def _checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
     """What a checkpoint of ours says about its model, so that it needs no flag again."""
-    method = parser.get_default("method")
-    of_model = {a.dest for g in parser._action_groups if g.title == "model" for a in g._group_actions} - {"checkpoint"}
-    of_method = names_of(METHODS[method].add_flags) - METHODS[method].loss_flags
-    own = {*of_model, *of_method, *OF_A_CHECKPOINT}
+    own = of_a_model(parser.get_default("method"))
     own |= {"select_on"} if eval_only else set()  # its epoch was chosen when it was trained; the result says on what
-    return as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser)
+    argv = as_argv({k: v for k, v in stored.items() if k in own and v is not None}, path, parser)
+    parser.where = f"{path}: "
+    parser.parse_args([*argv, "--output_dir", "."])  # only to name the file where a value is wrong
+    parser.where = ""
+    return argv
+
+
+def of_a_model(method: str) -> set[str]:
+    """The flags that a model's features and scores need."""
+    groups = build_parser(method)._action_groups
+    of_model = {a.dest for g in groups if g.title == "model" for a in g._group_actions} - {"checkpoint"}
+    return {*of_model, *names_of(METHODS[method].add_flags), *OF_A_CHECKPOINT} - METHODS[method].loss_flags
 
 
 def autocast(args: argparse.Namespace, device: torch.device):

@@ -2,7 +2,7 @@
 
   database.py    one SQLite file: locks, threads, transactions, its errors in words
   store.py       the index on disk: what lies in that file, a transaction a video file
-  embedding.py   a trained model, or plain CLIP: pictures, sentences and queries -> features -> scores
+  embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
   engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
   reading.py     which files, their frames as jpgs, windows; worker processes without torch
@@ -13,6 +13,5 @@
   clips.py       which files a browser plays, and an mp4 of those it cannot
   __main__.py    the flags
 
-Only embedding.py knows the trainer. Nothing is imported here, so that a worker process
-that decodes needs no torch.
+Nothing is imported here, so that a worker process that decodes needs no torch.
 """

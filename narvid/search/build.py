@@ -38,17 +38,6 @@ if TYPE_CHECKING:
 WINDOW = 30.0  # seconds; MSR-VTT's clips, which the released models were trained on, last 10 to 30
 ENCODED_AT_ONCE = 16  # windows
 OURS = ("window", "fps", "short_side", "captioner", "prompt")  # settings that are not the model's
-ALONE = {
-    "narvid": (
-        "no captioner and no narrations: frames alone are searched. On MSR-VTT the paper's model finds the right video "
-        "first for 46.3 % of the queries by frames and for 51.0 % by frames and narration, on DiDeMo for 48.9 % and "
-        "53.0 % (Table 10); its frames had heard the narration through co-attention, which these have not"
-    ),
-    "zeroshot": (
-        "no captioner and no narrations: frames alone are searched. For plain CLIP that loses nothing: in the paper it "
-        "finds the right video first for 31.4 % of MSR-VTT's queries by frames, for 27.3 % with a narration (Table 9)"
-    ),
-}  # method -> what to say where there is no narration
 
 
 class Report(NamedTuple):
@@ -94,8 +83,8 @@ def update(
     narrator.check(found)
     settings = {"videos": str(Path(videos_dir).resolve()), "window": window, "fps": fps, "short_side": short_side}
     settings |= {**narrator.settings, **embedder.settings}
-    if narrator.is_silent and (message := ALONE.get(embedder.settings["method"])):
-        print(message)
+    if narrator.is_silent and embedder.frames_alone:
+        print(embedder.frames_alone)
     with open_index(Path(index), settings, embedder) as store:
         known = {file.path: file for file in store.files()}
         for path in (gone := known.keys() - found):

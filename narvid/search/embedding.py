@@ -1,7 +1,8 @@
-"""A trained model, or plain CLIP, behind a few functions: texts and frames -> features, features -> scores.
+"""What a search asks of a model: a Retriever's features and scores, vectors for stage one, and "more like this".
 
-The only file here that knows the trainer: the model is built by it, encodes as in evaluation and scores with
-evaluation's own functions, so that what is searched is what was measured. No index, no files of the user.
+What is searched is what was measured: narvid/retriever.py encodes and scores as in evaluation. A method says by
+`vectors` (narvid/methods/protocol.py) what of a video is compared with a query; nothing here asks which method it is.
+Not here: an index, files of the user.
 
 Legend: B queries, V videos (of a search: windows), K frames of a video and sentences of its narration, L words, D joint
 dimension, S stage-one vectors of a video, W their width (D a view), P = S W. Masks are bool, True = real.
@@ -10,6 +11,8 @@ dimension, S stage-one vectors of a video, W their width (D a view), P = S W. Ma
 from __future__ import annotations
 
 import hashlib
+from collections import namedtuple
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,155 +21,110 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from narvid import InputError, distributed
-from narvid.methods import clip4clip, zeroshot
+from narvid import InputError
 from narvid.methods.clip4clip import mean_pool
-from narvid.data.datasets import Item, Split, collate, tokenize
-from narvid.evaluation import Encoding, concatenate
+from narvid.methods.protocol import names_of
 from narvid.model import Queries, Videos, place_frames
-from narvid.methods import METHODS
-from narvid.run.build import build_model, encoding_of
-from narvid.run.run_dir import load_checkpoint
-from narvid.run.settings import is_ours, named, parse_args
-from narvid.similarity import filter_weights, match
+from narvid.retriever import BLOCK, Retriever
+from narvid.run.settings import named
 
-
-class NarVidVideos(NamedTuple):
-    """model.Videos, and the frames as CLIP saw them: enhanced ones have heard the narration, which a picture lacks."""
-
-    frames: Tensor  # (V, K, D)
-    narration: Tensor | None  # (V, K, D)
-    mask: Tensor  # (V, K)
-    narration_mask: Tensor | None  # (V, K)
-    look: Tensor  # (V, K, D)
-
-
-FEATURES = {"narvid": NarVidVideos, "zeroshot": zeroshot.Videos, "clip4clip": clip4clip.Videos}  # the methods, too
-BLOCK = 128  # side of the tiles of pairs that are scored at once, as in evaluation; bounds memory
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is heard
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
+FREE = ("checkpoint", "clip_model", "clip_pretrained")  # settings that say where a model's files lie
 
 
 class Embedder:
-    """What a search asks of a model.
+    """A Retriever as a search sees it.
 
     max_frames (K), image_size: how frames are picked and read. views: keys of `score`, "video" and perhaps "narration".
     narration: whether sentences are heard. weight: of S_qv in Eq. 11. settings: plain values that say which model this
-    is, to be stored with an index.
+    is, to be stored with an index. frames_alone: what to say where there is no narration, "" where none is read.
     """
 
-    def __init__(self, model: torch.nn.Module, encoding: Encoding, settings: dict, *, device: torch.device,
-                 hears: bool):
-        """hears: the model wants sentences, be they used or not."""
-        self.model, self.encoding, self.settings, self.device = model.eval(), encoding, settings, device
-        self.max_frames, self.image_size = encoding.max_frames, encoding.image_size
-        self.narration, self.weight = settings["narration"], settings["fusion_weight"]
+    def __init__(self, retriever: Retriever, *, narration: bool | None = None):
+        """narration False: sentences are masked and S_qv alone counts, whatever the model reads; None: as it reads.
+
+        InputError for a method that cannot be searched with, and for a narration that the model does not read.
+        """
+        model, flags, where = retriever.model, retriever.flags, retriever.source or "plain CLIP"
+        if not model.searchable(flags):
+            raise InputError(f"{where}: {named(flags)} cannot be searched with; give another --checkpoint")
+        if narration and not retriever.narrated:
+            raise InputError(f"{where}: this model was trained without a narration; leave the captioner and the "
+                             "narrations out")
+        self.retriever, self.narration = retriever, retriever.narrated and narration is not False
+        self.max_frames, self.image_size = retriever.encoding.max_frames, retriever.encoding.image_size
         self.views = ("video", "narration") if self.narration else ("video",)
-        self._hears, self._matching, self._features = hears, settings["matching"], FEATURES[settings["method"]]
+        self.weight = flags.fusion_weight
+        self.frames_alone = ""
+        if retriever.narrated:
+            self.frames_alone = f"no captioner and no narrations: frames alone are searched. {model.frames_alone}"
+        own = names_of(model.add_flags) - model.loss_flags - model.unread(flags)
+        self.settings = {name: getattr(flags, name) for name in (
+            "method", "clip_model", "clip_pretrained", "max_frames", "max_words", "recipe", "precision",
+            "fusion_weight")}
+        self.settings |= {"checkpoint": retriever.source and str(retriever.source.resolve()),
+                          "weights": weights_digest(model), "image_size": self.image_size,
+                          "dim": model.clip.config.embed_dim, "narration": self.narration,
+                          "flags": {name: getattr(flags, name) for name in sorted(own)}}
 
     @classmethod
     def load(cls, checkpoint: str | Path | None, *, clip_model: str = "ViT-B-32", clip_pretrained: str = "openai",
              narration: bool | None = None, device: str | None = None) -> Embedder:
-        """checkpoint: a run's folder or best.pt, or a released NarVid file (of clip_model's architecture).
-
-        None is plain CLIP, clip_model with the weights clip_pretrained (open_clip's tag, or a file). narration False:
-        sentences are masked and S_qv alone counts, whatever the model was trained with; None: as it was trained.
-        InputError for a file that is no checkpoint, or one of a method that cannot be searched with.
-        """
-        path = Path(checkpoint) if checkpoint is not None else None
-        path = path / "best.pt" if path is not None and path.is_dir() else path
-        argv = ["--eval_only", "--output_dir", "unused", "--num_workers", "0"]
-        if path is None:
-            argv += ["--method", "zeroshot", "--clip_model", clip_model, "--clip_pretrained", clip_pretrained]
-            argv += ["--no-use_narration"] if narration is False else []
-        else:
-            ours = is_ours(load_checkpoint(path))
-            argv += ["--checkpoint", str(path)] + ([] if ours else ["--clip_model", clip_model])
-        try:
-            args = parse_args(argv)
-        except SystemExit as error:  # the trainer's flags end the process, a library must not
-            raise InputError(str(error).removeprefix("error: ")) from error
-        if not METHODS[args.method].searchable(args):
-            raise InputError(f"{path}: {named(args)} cannot be searched with; give another --checkpoint")
-        model = build_model(args)
-        hears = "narration" in METHODS[args.method].reads(args)
-        if narration and not hears:
-            raise InputError(f"{path}: this model was trained without a narration; leave the captioner and the "
-                             "narrations out")
-        world = distributed.start()
-        world = world._replace(device=torch.device(device)) if device else world
-        encoding = encoding_of(model, args, world)
-        settings = {name: getattr(args, name) for name in (
-            "method", "clip_model", "max_frames", "max_words", "recipe", "precision", "fusion_weight")}
-        settings |= {"checkpoint": None if path is None else str(path.resolve()), "weights": weights_digest(model),
-                     "clip_pretrained": clip_pretrained, "image_size": encoding.image_size,
-                     "dim": model.clip.config.embed_dim, "narration": hears and narration is not False,
-                     "matching": None}
-        if hasattr(model, "filter_options"):
-            settings["matching"] = model.filter_options(args) | {"fine": "NM" in args.modules}
-        return cls(model.to(world.device), encoding, settings, device=world.device, hears=hears)
+        """checkpoint, clip_model, clip_pretrained, device: as for Retriever.load; narration: as above."""
+        retriever = Retriever.load(checkpoint, towers=clip_model, pretrained=clip_pretrained, device=device)
+        return cls(retriever, narration=narration)
 
     def check(self, settings: dict, index: str | Path) -> None:
-        """InputError unless this is the model that made an index with these settings (where its files lie is free)."""
-        names = [k for k in self.settings if k not in ("checkpoint", "clip_model", "clip_pretrained")
-                 and self.settings[k] != settings.get(k)]
+        """InputError unless this is the model that made an index with these settings (where its files lie is free).
+
+        An index may be older than a setting or a flag; the digest of the weights is as old as the index.
+        """
+        here, there = self.settings | self.settings["flags"], settings | settings.get("flags", {})
+        names = [k for k in here if k not in (*FREE, "flags") and here[k] != there.get(k)
+                 and (k in there or k == "weights")]
         if names:
-            told = ", ".join(f"{k} {_short(settings.get(k))} there, {_short(self.settings[k])} here" for k in names[:3])
+            told = ", ".join(f"{k} {_short(there.get(k))} there, {_short(here[k])} here" for k in names[:3])
             model = f"--checkpoint {settings['checkpoint']}" if settings.get("checkpoint") else "no --checkpoint"
             raise InputError(f"{index}: this index was made with another model ({told}); give {model}, or make another "
                              "index")
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
-    @torch.no_grad()
     def queries(self, texts: list[str]) -> NamedTuple:
         """Texts -> the method's features of B queries (NarVid: Queries)."""
-        tokens, word_mask = (x.to(self.device) for x in tokenize(texts, self.encoding.max_words))
-        with self.encoding.autocast():
-            return concatenate([self.model.encode_queries(t, m) for t, m in zip(
-                tokens.split(self.encoding.batch_size), word_mask.split(self.encoding.batch_size))])
+        return self.retriever.encode_queries(texts)
 
-    @torch.no_grad()
     def videos(self, frames: list[Tensor], sentences: list[list[str | None]] | None = None) -> NamedTuple:
         """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each -> features of V videos.
 
-        sentences None, or a None among them: there is no such sentence. They are padded and masked as in evaluation.
-        Not to be called from two threads at once.
+        sentences None, or a None among them: there is no such sentence. Features of single frames (model.Videos) come
+        with `look` (V, K, D), the frames as CLIP saw them: enhanced ones have heard the narration, which a picture
+        lacks. Not to be called from two threads at once.
         """
         told = sentences if self.narration and sentences is not None else [[None] * len(x) for x in frames]
-        split = Split([], np.zeros(0, int), [], Path(), [], told if self._hears else None, [], 0)
-        items = [Item(v, v, x, list(range(len(x)))) for v, x in enumerate(frames)]
-        parts, seen = [], []
-        with self.model.clip.visual.register_forward_hook(lambda _, __, features: seen.append(features)):
-            for start in range(0, len(items), self.encoding.batch_size):
-                batch = collate(items[start:start + self.encoding.batch_size], split=split, with_queries=False,
-                                max_words=self.encoding.max_words, max_frames=self.max_frames)
-                if self._hears and not len(batch.sentences):  # the tower wants a text to read; the mask hides it
-                    batch = batch._replace(sentences=tokenize([""], self.encoding.max_words)[0])
-                _, _, _, _, *inputs = batch.to(self.device)
-                with self.encoding.autocast():
-                    parts.append(self.model.encode_videos(*inputs))
-        videos = concatenate(parts)
+        seen = []
+        with self.retriever.model.clip.visual.register_forward_hook(lambda _, __, features: seen.append(features)):
+            videos = self.retriever.encode_frames(frames, told)
+        if not self.narration:
+            videos = videos._replace(**{name: None for name in videos._fields if name.startswith("narration")})
         if not isinstance(videos, Videos):
             return videos
-        look = place_frames(torch.cat(seen), videos.mask)
-        if not self.narration:  # ZeroShot has a flag for it
-            videos = videos._replace(narration=None, narration_mask=None)
-        return NarVidVideos(*videos, look)
+        return _features((*videos._fields, "look"))(*videos, place_frames(torch.cat(seen), videos.mask))
 
     def like(self, videos: NamedTuple) -> dict[str, NamedTuple]:
         """{view: queries that look for videos like these}: the frames ask the frames, the sentences the sentences.
 
-        NarVid: the frames are CLIP's own on both sides, since a query may have no narration to hear. Scored as a text,
-        at both grains: the eos is the mean of the normalised real frames (sentences), these are the words, all of one
-        weight. Nothing is filtered unless all the queries are single pictures, which look for one frame: with uniform
-        weights on either side a video's twin has the highest score there is. Other methods compare pooled features.
+        With `look`: the frames are CLIP's own on both sides, since a query may have no narration to hear. Scored as a
+        text, at both grains: the eos is the mean of the normalised real frames (sentences), these are the words, all of
+        one weight. Nothing is filtered unless all the queries are single pictures, which look for one frame: with
+        uniform weights on either side a video's twin has the highest score there is. Without: the means are compared.
         """
         means = self._means(videos)
-        if not isinstance(videos, NarVidVideos):
-            return {view: clip4clip.Queries(eos) for view, eos in means.items()}
+        if not hasattr(videos, "look"):
+            return {view: Queries(eos, None, None, None) for view, eos in means.items()}
         queries = {}
-        for view, (features, mask) in self._views_of(videos, alike=True).items():
+        for view, (features, mask) in self._compared(videos).items():
             weights = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
             some = mask.any(dim=1, keepdim=True)  # without a sentence one word of no weight stands in
             queries[view] = Queries(means[view], features, torch.where(some, mask, _first(mask)),
@@ -177,54 +135,60 @@ class Embedder:
         """(V,) whether a video has a sentence that is heard; without one only its frames can be scored."""
         if not self.narration:
             return np.zeros(len(videos[0]), dtype=bool)
-        has = videos.narration_mask if isinstance(videos, NarVidVideos) else videos.narration != 0
-        return has.any(dim=1).cpu().numpy()
+        _, mask = self.retriever.model.vectors(videos)["narration"]
+        return mask.reshape(len(mask), -1).any(dim=1).cpu().numpy()
 
     # -------------------------------------------------------------------------------------------------------- scoring
 
     @torch.no_grad()
     def score(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, Tensor]:
         """Evaluation's score of all pairs, {view: (B, V)} in fp32 on the CPU; for queries of `like` theirs."""
+        score = self.retriever.encoding.score
         if not isinstance(queries, dict):
-            scores = self.encoding.score(queries, videos, block=BLOCK)
-        elif not isinstance(videos, NarVidVideos):
-            scores = {view: self.encoding.score(of_view, videos)[view] for view, of_view in queries.items()}
+            scores = score(queries, videos, block=BLOCK)
+        elif not hasattr(videos, "look"):
+            scores = {view: F.normalize(queries[view].eos, dim=-1) @ mean.T
+                      for view, mean in self._means(videos).items()}
         else:
-            options = self._matching | ({"method": "uniform"} if _of_many_frames(queries) else {})
-            scores = {view: match(queries[view], Videos(features, None, mask, None), block=BLOCK, **options)["video"]
-                      for view, (features, mask) in self._views_of(videos, alike=True).items()}
+            score = self.retriever.model.unfiltered if _of_many_frames(queries) else score
+            scores = {view: score(queries[view], Videos(x, None, mask, None), block=BLOCK)["video"]
+                      for view, (x, mask) in self._compared(videos).items()}
         return {view: s.float().cpu() for view, s in scores.items()}
 
     @torch.no_grad()
     def filter_weights(self, queries: AnyQueries, videos: NamedTuple) -> dict[str, np.ndarray] | None:
         """What each query looks at, {view: (B, V, K)}, 0 where the filter drops; None where nothing is filtered."""
-        if self._matching is None or (isinstance(queries, dict) and _of_many_frames(queries)):
+        kept = self.retriever.model.kept
+        if not isinstance(queries, dict):
+            weights = kept(queries, videos)
+        elif not hasattr(videos, "look") or _of_many_frames(queries):
             return None
-        options = {name: value for name, value in self._matching.items() if name != "fine"}
-        weights = {}
-        for view, (features, mask) in self._views_of(videos, alike=isinstance(queries, dict)).items():
-            eos = F.normalize(_of_view(queries, view).eos.double(), dim=-1)
-            cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
-            weights[view] = filter_weights(cosine, mask, **options).cpu().numpy()
-        return weights
+        else:
+            weights = {view: kept(queries[view], Videos(x, None, mask, None))
+                       for view, (x, mask) in self._compared(videos).items()}
+            weights = {view: of["video"] for view, of in weights.items() if of}
+        return {view: w.cpu().numpy() for view, w in weights.items()} if weights else None
 
     # ------------------------------------------------------------------------------------------------------ stage one
 
     def pool_videos(self, videos: NamedTuple) -> np.ndarray:
         """(V, P) float32: all stage-one vectors of a video, side by side; `vectors_of` takes them apart.
 
-        NarVid: for texts a vector a frame, the normalised frame and the normalised sentence beside it (where there is
-        none, the mean of the narration), all 0 in padding; for `like` the means of both views. The filter and the fine
-        score look at single frames, so that a mean over them finds far fewer of the exact best (docs/scaling.md).
-        Other methods: their pooled features, for both. A video without a sentence has 0 in the narration's part.
+        Of a method that looks at single frames for texts a vector a frame, the normalised frame and the normalised
+        sentence beside it (where there is none, the mean of the narration), all 0 in padding; for `like` the means of
+        both views. The filter and the fine score look at single frames, so that a mean over them finds far fewer of the
+        exact best (docs/scaling.md). Of other methods their pooled features, for both. A video without a sentence has 0
+        in the narration's part.
         """
         vectors = [torch.cat([*self._means(videos).values()], dim=-1)]  # (V, W)
-        if isinstance(videos, NarVidVideos):
+        views = self.retriever.model.vectors(videos)
+        x, mask = views["video"]
+        if x.ndim == 3:
             parts = []
-            for x, mask in self._views_of(videos).values():
-                unit = F.normalize(x, dim=-1)
-                parts.append(torch.where(mask[..., None], unit, mean_pool(x, mask)[:, None]))  # (V, K, D)
-            vectors.insert(0, (torch.cat(parts, dim=-1) * videos.mask[..., None]).flatten(1))
+            for view in self.views:
+                x, real = views[view]
+                parts.append(torch.where(real[..., None], F.normalize(x, dim=-1), mean_pool(x, real)[:, None]))
+            vectors.insert(0, (torch.cat(parts, dim=-1) * mask[..., None]).flatten(1))
         return torch.cat(vectors, dim=1).float().cpu().numpy()
 
     def vectors_of(self, pooled: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -249,20 +213,21 @@ class Embedder:
         for view, of_view, weight in zip(self.views, statistics, weights):
             std = of_view[1] if of_view else 0.0
             scale = weight / std if std > 0 else 0.0
-            parts.append(scale * F.normalize(_of_view(queries, view).eos.float(), dim=-1))
+            eos = (queries[view] if isinstance(queries, dict) else queries).eos
+            parts.append(scale * F.normalize(eos.float(), dim=-1))
         return torch.cat(parts, dim=1).cpu().numpy()
 
     def _means(self, videos: NamedTuple) -> dict[str, Tensor]:
         """{view: (V, D)} of length 1: what `like` compares."""
-        if not isinstance(videos, NarVidVideos):
-            return {view: getattr(videos, view) for view in self.views}
-        return {view: mean_pool(*features) for view, features in self._views_of(videos, alike=True).items()}
+        return {view: mean_pool(x, mask) if x.ndim == 3 else F.normalize(x, dim=-1)
+                for view, (x, mask) in self._compared(videos).items()}
 
-    def _views_of(self, videos: NarVidVideos, *, alike: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """{view: features (V, K, D), mask (V, K)}; alike: those that `like` compares."""
-        both = {"video": (videos.look if alike else videos.frames, videos.mask),
-                "narration": (videos.narration, videos.narration_mask)}
-        return {view: both[view] for view in self.views}
+    def _compared(self, videos: NamedTuple) -> dict[str, tuple[Tensor, Tensor]]:
+        """{view: (x, mask)} of the method's `vectors`, with the frames as CLIP saw them where they are there."""
+        views = self.retriever.model.vectors(videos)
+        if hasattr(videos, "look"):
+            views["video"] = (videos.look, videos.mask)
+        return {view: views[view] for view in self.views}
 
     # -------------------------------------------------------------------------------------------------------- storing
 
@@ -272,8 +237,14 @@ class Embedder:
 
     def unpack(self, arrays: dict[str, np.ndarray | None]) -> NamedTuple:
         """What `pack` made -> features on the device."""
-        return self._features(**{name: None if x is None else torch.as_tensor(x, device=self.device)
-                                 for name, x in arrays.items()})
+        return _features(tuple(arrays))(*(None if x is None else torch.as_tensor(x, device=self.retriever.device)
+                                          for x in arrays.values()))
+
+
+@lru_cache
+def _features(names: tuple[str, ...]) -> type:
+    """A NamedTuple of these fields, which any method's score reads by their names: an index keeps no types."""
+    return namedtuple("Features", names)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -292,10 +263,6 @@ def _of_many_frames(queries: dict[str, Queries]) -> bool:
 def _first(mask: Tensor) -> Tensor:
     """True in the first column alone."""
     return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
-
-
-def _of_view(queries: AnyQueries, view: str) -> NamedTuple:
-    return queries[view] if isinstance(queries, dict) else queries
 
 
 def _short(value) -> str:

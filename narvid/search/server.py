@@ -34,7 +34,6 @@ from pathlib import Path
 
 from narvid import InputError
 from narvid.search import clips
-from narvid.search.build import ALONE
 from narvid.search.engine import Answer, Engine
 from narvid.search.store import File, Store
 
@@ -138,7 +137,7 @@ class Site:
         return await asyncio.get_running_loop().run_in_executor(self.reading, function, *args)
 
     async def about(self, request: Request) -> Response:
-        return Json(await self._read(about, self.store))
+        return Json(await self._read(about, self.store, self.engine.embedder.frames_alone))
 
     async def search(self, request: Request) -> Response:
         filters, query = _filters(request, "q"), request.query_params.get("q", "").strip()
@@ -240,8 +239,8 @@ def as_dict(answer: Answer, file: File) -> dict:
     return {**answer._asdict(), **moment, "seconds": file.seconds, "frames": [f._asdict() for f in answer.frames]}
 
 
-def about(store: Store) -> dict:
-    """What the page says of the index as a whole."""
+def about(store: Store, frames_alone: str) -> dict:
+    """What the page says of the index as a whole; frames_alone: what to say where there is no narration."""
     files, settings = store.files(), store.settings
     narrated = settings["narration"] and settings["captioner"] is not None
     read = [file for file in files if not file.why]
@@ -257,7 +256,7 @@ def about(store: Store) -> dict:
         "failures": len(failed),
         "method": settings["method"],
         "narrated": narrated,
-        "loses": "" if narrated else ALONE.get(settings["method"], ""),
+        "loses": "" if narrated else frames_alone,
     }
 
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import main_task_retrieval as trainer
-from narvid import InputError, evaluation, fusion
-from narvid.methods import clip4clip
+from narvid import InputError, Retriever, evaluation, fusion
+from narvid.methods import METHODS, clip4clip
 from narvid.distributed import World
 from narvid.data.frames import frame_paths, read_frames
 from narvid.data.videos import read_video
@@ -133,7 +133,7 @@ def test_what_is_packed_comes_back(measured, embedder):
     split, *_ = measured
     videos = embedder.videos(pictures(split)[:3], split.sentences[:3])
     again = embedder.unpack(embedder.pack(videos))
-    assert type(again) is type(videos) and all(torch.equal(a, b) for a, b in zip(again, videos))
+    assert again._fields == videos._fields and all(torch.equal(a, b) for a, b in zip(again, videos))
 
 
 def test_without_a_narration_nothing_is_heard(measured, alone, embedder):
@@ -230,7 +230,7 @@ def test_plain_clip_is_searched_by_its_pooled_features(plain, measured, tmp_path
 
 def test_the_wrong_model_is_refused(index, alone, plain, embedder):
     with pytest.raises(InputError, match=r"made with another model \(method narvid there, zeroshot here, .*"
-                                         r"give --checkpoint .*best.pt"):
+                                         r"give --checkpoint .*run"):
         Engine(index, plain)
     with pytest.raises(InputError, match="narration True there, False here"):
         Engine(index, alone)
@@ -238,7 +238,7 @@ def test_the_wrong_model_is_refused(index, alone, plain, embedder):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="best.pt: cannot be read"):
+    with pytest.raises(InputError, match="is neither a run's folder with a best.pt nor an exported model"):
         Embedder.load(tmp_path)
 
 
@@ -511,3 +511,49 @@ def test_statistics_come_of_a_sample(measured, index, embedder):
     other = ~torch.eye(len(split.videos), dtype=torch.bool)
     for view, expected in zip(("video", "narration"), got["like"]):
         assert fusion.matrix_statistics(like[view][other]) == pytest.approx(expected, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- every searchable method
+
+SEARCHED = [("narvid", "--modules"), ("narvid", "--modules", "NM"), ("narvid", "--fidelity", "paper"),
+            ("clip4clip", "--head", "meanP"), ("zeroshot", "--no-use_narration")]
+
+
+@pytest.mark.parametrize("form", [*SEARCHED, *((method,) for method in METHODS)], ids=" ".join)
+def test_what_a_method_answers_is_enough_for_a_search(form, corpus, measured, tmp_path):
+    """Indexed, stored, found by a text as its own score ranks, by a window and by a picture; or refused at the start.
+
+    A method added to METHODS is looked at here.
+    """
+    split, *_ = measured
+    args = trainer.parse_args(["--method", form[0], "--clip_model", str(corpus / "clip.json"), "--max_frames", "6",
+                               "--output_dir", "unused", "--num_workers", "0", "--precision", "fp32", *form[1:]])
+    torch.manual_seed(0)
+    retriever = Retriever(trainer.build_model(args), args, WORLD.device)
+    if not METHODS[form[0]].searchable(args):
+        with pytest.raises(InputError, match="cannot be searched with; give another --checkpoint"):
+            Embedder(retriever)
+        return
+    found = Embedder(retriever)
+    told = split.sentences if found.narration else [None] * len(split.videos)
+    store = new_store(tmp_path / "i", found)
+    for video, frames, sentences in zip(split.videos, pictures(split), told):
+        put(store, found, f"{video}.mp4", frames, sentences)
+    store.statistics = compute_statistics(store, found, QUERIES)
+    found.check(store.settings, "i")
+    scores = retriever.score(retriever.encode_queries(QUERIES),
+                             retriever.encode_frames(pictures(split), [t or [None] * 6 for t in told]),
+                             store.statistics["text"])
+    for candidates in (1000, 5):  # all, and those that stage one finds
+        engine = Engine(store, found, candidates=candidates)
+        for b, answers in enumerate(engine.search(QUERIES, top=len(split.videos))):
+            best = scores["fused" if found.narration else "video"][b].argmax()
+            assert name(answers[0]) == split.videos[best] or candidates == 5
+            for seen in (seen for answer in answers for seen in answer.frames):
+                assert 0 <= seen.frame_weight <= 1 and 0 <= seen.sentence_weight <= 1
+    window = store.all_windows()[2]
+    answers = Engine(store, found).like_window(int(window), top=20)
+    assert len(answers) == len(split.videos) - 1 and all(np.isfinite(answer.score) for answer in answers)
+    picture = io.BytesIO()
+    Image.fromarray(pictures(split)[0][0].permute(1, 2, 0).numpy()).save(picture, "PNG")
+    assert len(Engine(store, found).like_picture(picture.getvalue(), top=20)) == len(split.videos)

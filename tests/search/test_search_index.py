@@ -25,6 +25,7 @@ from test_frames import make_clip, on_screen
 
 from narvid.data import extraction as extract_frames
 from narvid import InputError
+from narvid.methods import METHODS
 from narvid.narration.captioners import Failed, ServerCaptioner
 from narvid.data.frames import pick_frames, read_frames
 from narvid.data.videos import read_video
@@ -46,7 +47,7 @@ class Features(NamedTuple):
 class Fake:
     """An Embedder without a model; `seen` keeps what it was given."""
 
-    max_frames, image_size, narration = 6, 32, True
+    max_frames, image_size, narration, frames_alone = 6, 32, True, ""
 
     def __init__(self, **settings):
         self.settings = {"method": "narvid", "narration": True, "max_frames": self.max_frames, **settings}
@@ -762,6 +763,7 @@ def test_still_frames_share_a_sentence(tmp_path):
 @pytest.mark.parametrize(("method", "said"), [("narvid", "46.3 % .* 51.0 % .*Table 10"), ("zeroshot", "loses nothing")])
 def test_frames_alone_say_what_that_loses(tmp_path, videos, capsys, method, said):
     embedder = Fake(method=method)
+    embedder.frames_alone = METHODS[method].frames_alone
     update(videos, tmp_path / "i", embedder)
     assert re.search(said, capsys.readouterr().out)
     assert {told for _, told in embedder.seen} == {None}

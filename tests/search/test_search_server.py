@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -43,6 +44,7 @@ class FakeEngine:
 
     def __init__(self, store):
         self.store, self.asked, self.go_on, self.running = store, [], threading.Event(), []
+        self.embedder = SimpleNamespace(frames_alone="frames see no sentence")
 
     def search(self, queries, *, top, folder, min_seconds, max_seconds):
         [query] = queries

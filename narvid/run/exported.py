@@ -1,0 +1,95 @@
+"""What a model is loaded from: a checkpoint's file, a run's folder, or an exported model, which is a folder of
+
+  config.json         flags, sizes of the towers, what the weights are of, and their digest
+  model.safetensors   the weights
+  README.md           what this model is, for people (narvid/export.py writes it)
+
+Loading executes nothing that stands in any of them. Here: these forms. Not here: what a checkpoint's file holds
+(main_task_retrieval.py), building a model (build.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from narvid import InputError
+from narvid.files import read_json, write_json, write_text, writing
+from narvid.run.run_dir import load_checkpoint
+from narvid.towers import ClipConfig
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORM = 1  # of config.json; rises when an older reader would misread it
+AGAIN = "export the model again, or fetch the whole folder again"
+
+
+def load_model(path: str | Path) -> dict:
+    """A checkpoint's file, a run's folder or an exported model -> as `load_checkpoint`; InputError for what is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return load_checkpoint(path)
+    if (path / "best.pt").exists():
+        return load_checkpoint(path / "best.pt")
+    if (path / CONFIG).exists() or (path / WEIGHTS).exists():
+        return read_exported(path)
+    raise InputError(f"{path}: is neither a run's folder with a best.pt nor an exported model with {CONFIG} and "
+                     f"{WEIGHTS}; name one of these, or a file")
+
+
+def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, card: str) -> None:
+    """An exported model, in place of one that stood there; InputError where the folder holds anything else.
+
+    config: "flags", "towers", "epoch", "step", "result"; what is not known is None.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS, CARD}):
+        raise InputError(f"{folder}: holds something else than an exported model; name an empty or a new folder")
+    with writing(folder / WEIGHTS, binary=True) as file:
+        file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))
+    write_text(folder / CARD, card)
+    write_json(folder / CONFIG, {"form": FORM, **config, "sha256": _digest(folder / WEIGHTS)})  # last: all is there
+
+
+def read_exported(folder: str | Path) -> dict:
+    """An exported model as a run's checkpoint: "model", "clip_config", "args", and "epoch" and "step" where known."""
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors' own kinds, and the file system's
+        reason = "is missing" if not (folder / WEIGHTS).exists() else f"is damaged ({str(error).splitlines()[0]})"
+        raise InputError(f"{folder / WEIGHTS}: {reason}; {AGAIN}") from error
+    if _digest(folder / WEIGHTS) != config["sha256"]:
+        raise InputError(f"{folder / WEIGHTS}: is not the file that {CONFIG} was written for; {AGAIN}")
+    known = {name: config[name] for name in ("epoch", "step") if config[name] is not None}
+    return {"model": state, "clip_config": config["towers"], "args": config["flags"], **known}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json, its names and their types checked."""
+    path = folder / CONFIG
+    config = read_json(path, dict, advice=AGAIN)
+    if config.get("form") != FORM:
+        raise InputError(f"{path}: is of form {str(config.get('form'))[:20]}, this version reads form {FORM}; install "
+                         "the version of narvid that wrote it, or export the model again")
+    wanted = {"flags": dict, "towers": dict, "epoch": (int, type(None)), "step": (int, type(None)),
+              "result": (dict, type(None)), "sha256": str}
+    if wrong := [name for name, kind in wanted.items() if name not in config or not isinstance(config[name], kind)]:
+        raise InputError(f"{path}: its {wrong[0]} is missing or of another kind; {AGAIN}")
+    if not all(isinstance(config["flags"].get(name), str) for name in ("method", "clip_model")):
+        raise InputError(f"{path}: its flags name no method and clip_model; {AGAIN}")
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= config["towers"].keys() <= {f.name for f in fields(ClipConfig)}:
+        raise InputError(f"{path}: its towers are not described as this version does; {AGAIN}")
+    return config
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
