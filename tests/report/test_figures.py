@@ -16,6 +16,7 @@ import yaml
 import main_task_retrieval as trainer
 from narvid import InputError
 from narvid.metrics import NAMES, retrieval_metrics
+from narvid.report import drawing
 from narvid.report import figures as make_figures
 
 LOG = """12 pairs of 4 videos, 10 steps an epoch
@@ -79,7 +80,7 @@ def test_figure3_takes_captioners_of_like_runs_and_the_same_without_narration(ru
     found, bare = make_figures.captioner_data(make_figures.read_runs(runs))
     assert {name: sorted(values) for name, values in found.items()} == {"llava": [50.0, 52.0], "blip": [48.0]}
     assert bare == [44.0]
-    assert make_figures.mean_and_spread(found["llava"]) == (51.0, pytest.approx(2 ** 0.5))
+    assert drawing.mean_and_spread(found["llava"]) == (51.0, pytest.approx(2 ** 0.5))
 
 
 def test_figure3_needs_two_captioners_that_are_on_disk(runs, tmp_path):
@@ -118,7 +119,7 @@ def test_the_log_of_a_real_run_is_read(tmp_path, corpus, weights):
     arrays = make_figures.load_similarity(run)
     for name in ("S_qv", "S_qn"):
         expected = run.final["metrics"][name]["text_to_video"]["R@1"]
-        assert make_figures.own_recall(arrays, name) == pytest.approx(expected)
+        assert drawing.own_recall(arrays, name) == pytest.approx(expected)
 
 
 def test_recall_on_the_heat_map_is_that_of_the_metrics(tmp_path):
@@ -126,7 +127,7 @@ def test_recall_on_the_heat_map_is_that_of_the_metrics(tmp_path):
     arrays, video_of_query = write_similarity(run)
     expected = retrieval_metrics(arrays["S_qv"], video_of_query)["text_to_video"]["R@1"]
     stored = make_figures.load_similarity(make_figures.read_run(run, tmp_path))
-    assert make_figures.own_recall(stored, "S_qv") == expected
+    assert drawing.own_recall(stored, "S_qv") == expected
 
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_every_figure_is_drawn_a_column_wide_and_what_is_missing_is_named(runs, 
     for name in drawn:
         pdf = (tmp_path / "out" / f"{name}.pdf").read_bytes()
         width = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf).group(1))
-        assert width == pytest.approx(72 * make_figures.WIDTH, abs=0.5)
+        assert width == pytest.approx(72 * drawing.WIDTH, abs=0.5)
         assert b"/Type3" not in pdf.replace(b" ", b"")  # fonts that publishers take
     assert "not drawn: figure6_llava1, heatmap_llava1" in said and "--save_similarity" in said
     assert "not drawn: curves_bare" in said and "figure3:" not in said and "figure7," not in said
