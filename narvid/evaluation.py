@@ -31,7 +31,7 @@ class Encoding(NamedTuple):
     batch_size: int  # videos, or queries, at a time
     num_workers: int
     autocast: Callable  # () -> context manager for the towers and heads
-    score: Callable  # (queries, videos, block=...) -> {view: (B, V)}
+    score: Callable  # (queries, videos) -> {view: (B, V)}
     views: tuple[str, ...]  # the keys of what it returns
 
 
@@ -66,13 +66,11 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
     tokens, word_mask = tokenize(queries, encoding.max_words)
     scores = {view: torch.zeros(len(queries), len(videos[0])) for view in encoding.views}
     order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
-    # Several batches go to one `score`, which prepares the videos anew in every call. Its tiles hold few enough pairs
-    # for a CPU's cache, and on a GPU enough of them to be worth a kernel.
-    block = (4 if world.device.type == "cuda" else 2) * encoding.batch_size
+    # Several batches go to one `score`, which prepares the videos anew in every call.
     for rows in tqdm(order.split(16 * encoding.batch_size), desc="score queries", unit="chunk", leave=False,
                      disable=world.rank > 0):
         encoded = _encode_queries(model, tokens[rows], word_mask[rows], encoding, world)
-        for view, part in encoding.score(encoded, videos, block=block).items():  # in fp32, as in training
+        for view, part in encoding.score(encoded, videos).items():  # in fp32, as in training
             scores[view][rows] = part.float().cpu()
     finite = all(part.isfinite().all() for part in scores.values())
     error = None if finite else ("the scores are not finite, the weights have diverged: lower the learning rates, or "

@@ -26,28 +26,25 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
 
     queries, videos: as the model returns them; any B and V. Returns {"video": (B, V), "narration": (B, V)}, without
     "narration" where videos.narration is None. `fine=False` scores by the coarse cosine alone (CLIP4Clip; then
-    queries.word_weights may be None). `block` scores tiles of block x block pairs, queries of like length together, to
-    bound memory to one (block, K, L, block) tensor; it does not change the result. Under autocast the products of the
-    fine score, nearly all of the work, are in half precision; the filter stays in float64.
-    The filter's arguments are those of `filter_weights`.
+    queries.word_weights may be None). Pairs are scored in tiles, queries of like length together and cut to their
+    longest, so that memory is bounded; `block` makes a tile block x block pairs, None chooses. The tiles do not change
+    the result. Under autocast the products of the fine score, nearly all of the work, are in half precision; the filter
+    stays in float64. The filter's arguments are those of `filter_weights`.
     """
     options = {"method": method, "p": p, "k": k, "temperature": temperature, "fidelity": fidelity}
-    views = views_of(videos)
-    dtype = videos.frames.dtype
-    if block is None:
-        tile = _QueryTile.of(queries, dtype, fine)
-        return {name: _score(tile, _View.of(*view), **options).T for name, view in views.items()}
-
+    views, dtype = views_of(videos), videos.frames.dtype
     places = torch.arange(1, queries.word_mask.shape[1] + 1, device=queries.word_mask.device)
-    lengths = (queries.word_mask * places).amax(dim=1)  # (B,) place of the last real word
-    order = lengths.argsort(stable=True)
+    lengths, order = (queries.word_mask * places).amax(dim=1).sort(stable=True)  # (B,) place of the last real word
+    lengths = lengths.clamp_min(1).tolist()
+    high, wide = (block, block) if block else _tile_sides(lengths if fine else [1] * len(lengths), videos)
     tiles = []
-    for rows in order.split(block) if len(order) else ():
+    for start in range(0, len(order), high):
+        rows = order[start:start + high]
         part = Queries(*(None if x is None else x[rows] for x in queries))
-        tiles.append((rows, _QueryTile.of(part, dtype, fine, length=int(lengths[rows[-1]]))))
+        tiles.append((rows, _QueryTile.of(part, dtype, fine, lengths[start:start + high][-1])))
     scores = {name: features.new_empty(len(order), len(mask)) for name, (features, mask) in views.items()}  # (B, V)
-    for start in range(0, len(videos.mask), block):
-        columns = slice(start, start + block)
+    for start in range(0, len(videos.mask), wide):
+        columns = slice(start, start + wide)
         for name, (features, mask) in views.items():
             view = _View.of(features[columns], mask[columns])
             for rows, tile in tiles:
@@ -62,9 +59,8 @@ def kept(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float 
     Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
     None. The filter's arguments are those of `filter_weights`.
     """
-    views = views_of(videos)
     eos, weights = F.normalize(queries.eos.double(), dim=-1), {}
-    for name, (features, mask) in views.items():
+    for name, (features, mask) in views_of(videos).items():
         cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
         weights[name] = filter_weights(cosine, mask, method=method, p=p, k=k, temperature=temperature,
                                        fidelity=fidelity)
@@ -179,6 +175,17 @@ def _comparators(n: int, count: int) -> list[tuple[int, int]]:
 # -------------------------------------------------------------------------------------------------------- the match
 
 
+def _tile_sides(lengths: list[int], videos: Videos) -> tuple[int, int]:
+    """Queries and videos of a tile, for queries of these lengths.
+
+    A CPU wants the similarities of a tile to stay in its cache; a GPU wants enough of them to be worth its kernels.
+    """
+    similarities, queries = (2 ** 24, 256) if videos.frames.is_cuda else (2 ** 21, 128)
+    queries = max(1, min(queries, len(lengths)))
+    words = sum(lengths) / max(1, len(lengths))
+    return queries, max(1, int(similarities / max(1, queries * words * videos.mask.shape[1])))
+
+
 class _QueryTile(NamedTuple):
     """What every video needs of B queries; made once, whatever the number of tiles."""
 
@@ -187,12 +194,13 @@ class _QueryTile(NamedTuple):
     word_weights: Tensor | None  # (L, B)
 
     @classmethod
-    def of(cls, queries: Queries, dtype: torch.dtype, fine: bool, length: int | None = None) -> _QueryTile:
-        """The first `length` words of each query; None takes all."""
+    def of(cls, queries: Queries, dtype: torch.dtype, fine: bool, length: int) -> _QueryTile:
+        """The first `length` words of each query."""
         eos = F.normalize(queries.eos.double(), dim=-1).T.contiguous()
         if not fine:
             return cls(eos, None, None)
-        first = queries.words[torch.arange(len(queries.words)), queries.word_mask.byte().argmax(dim=1)]  # (B, D)
+        rows = torch.arange(len(queries.words), device=queries.words.device)
+        first = queries.words[rows, queries.word_mask.byte().argmax(dim=1)]  # (B, D)
         # A padded word repeats the first real one: no maximum over words sees it, and none needs a mask.
         words = torch.where(queries.word_mask[:, :length, None], queries.words[:, :length], first[:, None])
         words = F.normalize(words.to(dtype), dim=-1).transpose(0, 1).contiguous()

@@ -4,7 +4,7 @@
   python scripts/bench_eval.py --queries 27763 --videos 670 --only_ours      MSVD's test split: time, peak memory
   python scripts/bench_eval.py --queries 59800 --videos 2990 --only_ours     MSR-VTT's full one
   python scripts/bench_eval.py --training                               forward and backward of a batch of 64 pairs
-  python scripts/bench_eval.py --device cuda --block 256                the same on a GPU
+  python scripts/bench_eval.py --device cuda --block 256                on a GPU, tiles of 256 x 256 pairs beside ours
 
 The field's way: for every 64 x 64 block of queries and videos run co-attention and the temporal encoders again, pool
 the frames query by query in a loop, pad the words to 64. It is measured on a sample of blocks and scaled to all. Every
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--videos", type=positive, default=1000, help="V (default %(default)s)")
     add("--frames", type=positive, default=12, help="K (default %(default)s)")
     add("--dim", type=positive, default=512, help="D, a multiple of 64 (default %(default)s)")
-    add("--block", type=positive, default=128, help="of `match` (default %(default)s)")
+    add("--block", type=positive, default=128, help="also time `match` in tiles of this side (default %(default)s)")
     add("--sample", type=positive, default=2, help="blocks measured of the field's way (default %(default)s)")
     add("--rounds", type=positive, default=3, help="of every measurement (default %(default)s)")
     add("--threads", type=positive, default=torch.get_num_threads(), help="of torch (default %(default)s)")
@@ -169,27 +169,29 @@ def rounds(ways: dict[str, Callable], args: argparse.Namespace) -> dict[str, flo
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The field's way, ours, ours with bf16 products: seconds, ratios, and whether the scores are the same."""
+    """The field's way, ours, in given tiles, with bf16 products: seconds, ratios, whether the scores are the same."""
     heads = Heads(NarVidConfig(dim=args.dim, positions=max(77, args.frames))).eval().to(args.device)
     raw = make_videos(args)
     videos = heads.enhance(*raw)
-    queries = make_queries(videos, 0, args.queries)
+    queries = padded(make_queries(videos, 0, args.queries))
     blocks = sample_of_blocks(args)
-    inputs = [(padded(Queries(*(x[rows] for x in queries))), Videos(*(x[columns] for x in raw)))
+    inputs = [(Queries(*(x[rows] for x in queries)), Videos(*(x[columns] for x in raw)))
               for rows, columns in blocks]
     device_type = torch.device(args.device).type
     bf16 = partial(torch.autocast, device_type, dtype=torch.bfloat16)
 
-    def score(products: Callable = contextlib.nullcontext) -> dict[str, Tensor]:
+    def score(products: Callable = contextlib.nullcontext, block: int | None = None) -> dict[str, Tensor]:
         with products():
-            return match(queries, videos, block=args.block)
+            return match(queries, videos, block=block)
 
     took = rounds({"reference": lambda: [field_block(heads, *x) for x in inputs],
                    "enhance": lambda: heads.enhance(*raw), "ours": score,
+                   f"ours, block {args.block}": partial(score, block=args.block),
                    "ours, bf16 products": partial(score, bf16)}, args)
     pairs = sum(len(q.eos) * len(v.mask) for q, v in inputs)
     took["reference"] *= args.queries * args.videos / pairs
-    print(f"reference: {len(blocks)} blocks of {BLOCK} x {BLOCK} measured, scaled to {args.queries} x {args.videos}\n"
+    print(f"queries padded to {WORDS} words; reference: {len(blocks)} blocks of {BLOCK} x {BLOCK} measured, scaled to "
+          f"{args.queries} x {args.videos}\n"
           f"\n{'':28} {'seconds':>9} {'x unit':>9}   reference is slower by")
     once = {"ours, features enhanced once": took["enhance"] + took["ours"]}
     for name, each in {**took, **once}.items():
@@ -216,8 +218,8 @@ def growth(args: argparse.Namespace) -> None:
     queries = make_queries(videos, 0, args.queries)
     names = {f"{n} x {args.videos}": (n, args.videos) for n in (args.queries // 4, args.queries // 2, args.queries)}
     names |= {f"{args.queries} x {n}": (args.queries, n) for n in (args.videos // 4, args.videos // 2)}
-    took = rounds({name: partial(match, Queries(*(x[:b] for x in queries)), Videos(*(x[:v] for x in videos)),
-                                 block=args.block) for name, (b, v) in names.items()}, args)
+    took = rounds({name: partial(match, Queries(*(x[:b] for x in queries)), Videos(*(x[:v] for x in videos)))
+                   for name, (b, v) in names.items()}, args)
     print(f"\n{'growth, queries x videos':28} {'seconds':>9} {'x unit':>9}   of the whole")
     for name in names:
         whole = took[f"{args.queries} x {args.videos}"]
@@ -233,7 +235,7 @@ def only_ours(args: argparse.Namespace) -> None:
         queries = make_queries(videos, first, min(CHUNK, args.queries - first))
 
         def score(queries=queries, first=first) -> None:
-            for view, s in match(queries, videos, block=args.block).items():
+            for view, s in match(queries, videos).items():
                 scores[view][first:first + len(s)] = s.cpu()
 
         took += seconds(score, args.device)
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{args.device}, {args.threads} threads; K = {args.frames}, D = {args.dim}, {SHORTEST} to {LONGEST} words, "
-          f"both views, block {args.block}")
+          "both views")
     if args.training:
         training(args)
         return

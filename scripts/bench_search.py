@@ -77,7 +77,7 @@ class Drawn:
 
     def score(self, queries: Queries, videos: Videos) -> dict[str, torch.Tensor]:
         """Evaluation's, {view: (B, V)}."""
-        return match(queries, videos, block=128, **MATCHING)
+        return match(queries, videos, **MATCHING)
 
     def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Stage one's: ids (n,), vectors (n, K, 2 D), told (n,), as Embedder.pool_videos makes them."""

@@ -172,7 +172,7 @@ def check_scores_of_few_queries():
     mine = distributed.share(5, world)
     videos = Videos(torch.arange(1.0, 6)[mine.start:mine.stop, None, None], None, None, None)
 
-    def score(queries, videos, block):
+    def score(queries, videos):
         assert not torch.is_autocast_enabled("cpu")  # the towers' number format is not that of scores
         assert len(queries.eos) == 2 and queries.words.shape[1] == 5
         return {"video": queries.eos @ videos.frames[:, 0].T}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from narvid import similarity
 from narvid.metrics import retrieval_metrics
 from narvid.model import Heads, NarVidConfig, Queries, Videos
-from narvid.similarity import _heaviest, filter_weights, match
+from narvid.similarity import _heaviest, filter_weights, kept, match
 from scripts import bench_eval
 
 FIDELITIES = ["paper", "reported"]
@@ -103,10 +105,10 @@ def test_nucleus_border_by_hand(p, paper, reported, order):
     mass = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     cosine = 0.1 * mass.log()[list(order)]  # exp(cosine / 0.1) is the mass again
     mask = torch.ones(1, 3, dtype=torch.bool)
-    for fidelity, kept in (("paper", paper), ("reported", reported)):
+    for fidelity, ranks in (("paper", paper), ("reported", reported)):
         right = torch.zeros(3, dtype=torch.float64)
         for slot, place in enumerate(order):
-            right[slot] = mass[place] / mass[kept].sum() if place in kept else 0
+            right[slot] = mass[place] / mass[ranks].sum() if place in ranks else 0
         got = filter_weights(cosine[None, None], mask, p=p, fidelity=fidelity)[0, 0]
         torch.testing.assert_close(got, right, rtol=TIGHT, atol=TIGHT)
 
@@ -114,9 +116,9 @@ def test_nucleus_border_by_hand(p, paper, reported, order):
 def test_nucleus_border_exactly_on_p():
     """Two weights of exactly 1/2: at p = 0.5 the first does not exceed p, so the paper still adds the second."""
     cosine, mask = torch.zeros(1, 1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
-    for p, fidelity, kept in ((0.5, "paper", 2), (0.5, "reported", 1), (0.49, "paper", 1)):
-        assert filter_weights(cosine, mask, p=p, fidelity=fidelity).count_nonzero() == kept
-        assert np.count_nonzero(reference.filter_weights(cosine[0, 0], mask[0], p=p, fidelity=fidelity)) == kept
+    for p, fidelity, count in ((0.5, "paper", 2), (0.5, "reported", 1), (0.49, "paper", 1)):
+        assert filter_weights(cosine, mask, p=p, fidelity=fidelity).count_nonzero() == count
+        assert np.count_nonzero(reference.filter_weights(cosine[0, 0], mask[0], p=p, fidelity=fidelity)) == count
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)
@@ -144,8 +146,8 @@ def test_weights_sum_to_one_over_real_frames(filtering, fidelity):
 def test_top_k_keeps_k_or_what_there_is():
     cosine = torch.linspace(-1, 1, 5, dtype=torch.float64).expand(2, 2, 5)
     mask = torch.tensor([[True] * 5, [True, False, False, True, False]])
-    kept = filter_weights(cosine, mask, method="topk", k=3) > 0
-    assert kept[0].tolist() == [[False, False, True, True, True], [True, False, False, True, False]]
+    looked_at = filter_weights(cosine, mask, method="topk", k=3) > 0
+    assert looked_at[0].tolist() == [[False, False, True, True, True], [True, False, False, True, False]]
     assert (filter_weights(cosine, mask, method="topk", k=99) > 0).sum() == 2 * (5 + 2)
 
 
@@ -175,6 +177,27 @@ def test_the_heaviest_are_those_of_a_sort(frames):
 def test_unknown_choices_are_refused(wrong):
     with pytest.raises(ValueError):
         filter_weights(torch.zeros(1, 1, 3), torch.ones(1, 3, dtype=torch.bool), **wrong)
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("filtering", FILTERS, ids=str)
+@pytest.mark.parametrize("narration", [True, False])
+def test_kept_are_the_weights_of_each_query(narration, filtering, fidelity):
+    """What is shown of the filter is what `match` computes with: 0 where a frame or a sentence is dropped or padded."""
+    queries, videos = make(16, B=5, V=6, dtype=torch.float32, narration=narration)
+    got = kept(queries, videos, temperature=0.05, fidelity=fidelity, **filtering)
+    views = {"video": (videos.frames, videos.mask)}
+    if narration:
+        views["narration"] = (videos.narration, videos.narration_mask)
+    assert got.keys() == views.keys()
+    options = {"temperature": 0.05, "fidelity": fidelity, **filtering}
+    for view, (features, mask) in views.items():
+        right = [[reference.filter_weights([reference.cosine(eos, frame) for frame in features[v].double().numpy()],
+                                           mask[v].numpy(), **options) for v in range(6)]
+                 for eos in queries.eos.double().numpy()]
+        assert got[view].shape == (5, 6, 5)
+        np.testing.assert_allclose(got[view].numpy(), np.array(right), rtol=TIGHT, atol=TIGHT)
+        assert (got[view].transpose(1, 2)[:, ~mask.T] == 0).all()
 
 
 # -------------------------------------------------------------------------------------------------------- the match
@@ -277,6 +300,52 @@ def test_block_size_changes_nothing(dtype, fidelity):
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_tiles_that_match_chooses(monkeypatch, fidelity):
+    """Many tiles, as of large inputs: longer queries than videos, with remainders on both sides; gradients too."""
+    queries, videos = make(6, B=9, V=11, K=7, L=5, D=32)
+    whole = gradients_of(queries, videos, fidelity)
+    monkeypatch.setattr(similarity, "_tile_sides", lambda lengths, videos: (4, 3))
+    assert_equal(match(queries, videos, fidelity=fidelity), expected(queries, videos, fidelity=fidelity), TIGHT)
+    torch.testing.assert_close(gradients_of(queries, videos, fidelity), whole, rtol=TIGHT, atol=TIGHT)
+
+
+def gradients_of(queries, videos, fidelity):
+    """With respect to everything that the towers and the heads give."""
+    leaves = [x.clone().requires_grad_() for x in (queries.eos, queries.words, queries.word_weights, videos.frames,
+                                                   videos.narration)]
+    asked = Queries(*leaves[:2], queries.word_mask, leaves[2] * queries.word_mask)  # a padded word has no weight
+    scores = match(asked, videos._replace(frames=leaves[3], narration=leaves[4]), fidelity=fidelity)
+    return torch.autograd.grad(sum(s.square().sum() for s in scores.values()), leaves)
+
+
+@pytest.mark.parametrize("words, frames", [(32, 12), (64, 64), (1, 1)])
+def test_tiles_fit_a_cache(words, frames):
+    """8 MB of fp32 similarities at most, whatever the lengths; few queries take more videos at a time."""
+    videos = Videos(torch.zeros(9, frames, 1), None, torch.ones(9, frames, dtype=torch.bool), None)
+    for queries in (1, 100, 10_000):
+        high, wide = similarity._tile_sides([words] * queries, videos)
+        assert high >= 1 and wide >= 1 and high * wide * words * frames <= 2 ** 21
+    assert similarity._tile_sides([], videos)[0] == 1
+    assert similarity._tile_sides([words], videos)[1] > similarity._tile_sides([words] * 100, videos)[1]
+
+
+def test_match_costs_what_the_real_words_cost():
+    """Multiplications with words padded to 64, 6 to 16 of them real: what is not there costs nothing."""
+    args = bench_eval.parse_args(["--queries", "300", "--videos", "200", "--dim", "64"])
+    videos = bench_eval.make_videos(args)
+    queries = bench_eval.make_queries(videos, 0, 300)
+
+    def cost(queries, block):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            match(queries, videos, block=block)
+        return counter.get_total_flops()
+
+    chosen = cost(bench_eval.padded(queries), None)
+    assert chosen == cost(queries, None)
+    assert chosen <= cost(queries, 128) < 0.9 * cost(queries, 300)  # like lengths together
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
 @pytest.mark.parametrize("block", [None, 2])
 def test_real_words_may_stand_anywhere(block, fidelity):
     queries, videos = make(13, B=4, V=3, L=5)
@@ -323,6 +392,7 @@ def test_the_bench_prints_what_it_compares(capsys, monkeypatch):
     bench_eval.main(["--queries", "70", "--videos", "65", "--dim", "64", "--sample", "1", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "scaled to 70 x 65" in printed and "70 x 16" in printed
+    assert "\nours, block 128 " in printed and "\nours  " in printed
     assert "0 of 8192 pairs differ by more than 1e-05" in printed
 
 
@@ -420,8 +490,8 @@ def test_random_features_score_at_chance(fidelity):
     """More queries than videos: a score that saw the right answer (as one published system's does) would show."""
     queries, videos = make(10, B=400, V=100, K=4, L=4, D=16, dtype=torch.float32)
     video_of_query = np.arange(400) // 4
-    for view, similarity in match(queries, videos, fidelity=fidelity, block=50).items():
-        got = retrieval_metrics(similarity.numpy(), video_of_query)
+    for view, scores in match(queries, videos, fidelity=fidelity, block=50).items():
+        got = retrieval_metrics(scores.numpy(), video_of_query)
         assert got["text_to_video"]["R@10"] == pytest.approx(10, abs=4.5), view  # 3 standard deviations
         assert got["text_to_video"]["MnR"] == pytest.approx(50.5, abs=4.5), view
         assert got["video_to_text"]["MnR"] == pytest.approx(50.5, abs=9), view

@@ -251,14 +251,14 @@ def item_weights(mlp: nn.Module, items: Tensor, mask: Tensor) -> Tensor:
 def word_token_interaction(queries: Queries, videos: Videos, *, block: int | None = None) -> Tensor:
     """Weighted sums over words of each one's best frame, and over frames of each one's best word; their mean, (B, V).
 
-    `block` scores tiles of block x block pairs, so that only a (block, L, block, K) tensor exists; same result.
+    Scored in tiles of block x block pairs (128 where None), so that only a (block, L, block, K) tensor exists.
     """
     words, frames = F.normalize(queries.words, dim=-1), F.normalize(videos.frames, dim=-1)
-    rows, columns = (max(n, 1) if block is None else block for n in (len(words), len(frames)))
+    side = block or 128
     return torch.cat([torch.cat([
         _interaction(*of_queries, *of_videos)
-        for of_videos in zip(*(x.split(columns) for x in (frames, videos.mask, videos.frame_weights)))], dim=1)
-        for of_queries in zip(*(x.split(rows) for x in (words, queries.word_mask, queries.word_weights)))])
+        for of_videos in zip(*(x.split(side) for x in (frames, videos.mask, videos.frame_weights)))], dim=1)
+        for of_queries in zip(*(x.split(side) for x in (words, queries.word_mask, queries.word_weights)))])
 
 
 def _interaction(words: Tensor, word_mask: Tensor, word_weights: Tensor, frames: Tensor, mask: Tensor,
