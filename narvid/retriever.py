@@ -36,7 +36,6 @@ from narvid.run.build import build_model, encoding_of
 from narvid.run.exported import load_model
 from narvid.run.settings import is_ours, named, parse_args
 
-BLOCK = 128  # side of the tiles of pairs that are scored at once; bounds memory
 Sentences = Sequence[tuple[float, str] | Mapping]  # (seconds, text), or {"time": seconds, "text": text}
 
 
@@ -156,7 +155,7 @@ class Retriever:
         standard deviation of these matrices, or with statistics handed over, ((mean, std) of S_qv, (mean, std) of S_qn)
         of fusion.matrix_statistics: a single query is no fair sample. A view whose deviation is 0 adds nothing.
         """
-        scores = {view: s.float().cpu() for view, s in self.encoding.score(queries, videos, block=BLOCK).items()}
+        scores = {view: s.float().cpu() for view, s in self.encoding.score(queries, videos).items()}
         *_, (_, fused) = self.model.combine(scores, weight=self.flags.fusion_weight, statistics=statistics)
         return {**scores, "fused": fused}
 

@@ -25,7 +25,7 @@ from narvid import InputError
 from narvid.methods.clip4clip import mean_pool
 from narvid.methods.protocol import names_of
 from narvid.model import Queries, Videos, place_frames
-from narvid.retriever import BLOCK, Retriever
+from narvid.retriever import Retriever
 from narvid.run.settings import named
 
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is heard
@@ -145,13 +145,13 @@ class Embedder:
         """Evaluation's score of all pairs, {view: (B, V)} in fp32 on the CPU; for queries of `like` theirs."""
         score = self.retriever.encoding.score
         if not isinstance(queries, dict):
-            scores = score(queries, videos, block=BLOCK)
+            scores = score(queries, videos)
         elif not hasattr(videos, "look"):
             scores = {view: F.normalize(queries[view].eos, dim=-1) @ mean.T
                       for view, mean in self._means(videos).items()}
         else:
             score = self.retriever.model.unfiltered if _of_many_frames(queries) else score
-            scores = {view: score(queries[view], Videos(x, None, mask, None), block=BLOCK)["video"]
+            scores = {view: score(queries[view], Videos(x, None, mask, None))["video"]
                       for view, (x, mask) in self._compared(videos).items()}
         return {view: s.float().cpu() for view, s in scores.items()}
 
