@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = index.add_argument
     add("videos", type=Path, metavar="VIDEOS", help="folder of video files, searched with its subfolders")
     add("--out", type=Path, required=True, metavar="INDEX", help="the index, a folder of its own")
-    add("--checkpoint", metavar="RUN", help="a run's folder or best.pt, or a released NarVid file [plain CLIP]")
+    add("--checkpoint", metavar="RUN", help="a run, an exported folder, or a released NarVid file [plain CLIP]")
     add("--clip_model", help="open_clip name or .json, of plain CLIP or of a released file [ViT-B-32]")
     add("--clip_pretrained", help="of plain CLIP: open_clip tag, or a weights file [openai]")
     add("--captioner", metavar="NAME", help="narrate with this image-text model of transformers, name or folder")

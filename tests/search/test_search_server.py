@@ -44,7 +44,7 @@ class FakeEngine:
 
     def __init__(self, store):
         self.store, self.asked, self.go_on, self.running = store, [], threading.Event(), []
-        self.embedder = SimpleNamespace(frames_alone="frames see no sentence")
+        self.embedder = SimpleNamespace(frames_alone="no captioner: frames alone are searched")
 
     def search(self, queries, *, top, folder, min_seconds, max_seconds):
         [query] = queries
