@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from narvid import InputError
 from narvid.flags import Parser, number
 from narvid.data.frames import frame_path, load_frame_index
-from narvid.narration.narrate import distinct_frames
+from narvid.narration.pictures import distinct_frames
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 from narvid.progress import tqdm
 

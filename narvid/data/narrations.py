@@ -21,15 +21,18 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import comb
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from narvid import InputError
+from narvid.data.frames import pick_frames
 from narvid.data.published_narrations import CAPTIONER, assign, form_of, parse_published, read_text
 
 LONE_FRAME_TOLERANCE = 0.25  # seconds, where a video has one frame and hence no spacing
-RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates
+RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates, ...
+STRAY_SHARE = 0.1  # ... if more of the sentences than this lie on no frame; of any other rate a quarter and more do
 
 
 class Narration(NamedTuple):
@@ -141,11 +144,12 @@ def join(
 
     times: of the picked frames (s); all_times: of all extracted frames of the video (s); video and path: for messages.
     A sentence belongs to a frame if it is the nearest and no farther than a quarter of the median frame spacing.
+    However few sentences there are, a frame without one is a hole as long as those there are lie on frames.
     Raises InputError where frames have no sentence because the narration has another frame rate or another clock.
     """
     tolerance = _spacing(all_times) / 4 if len(all_times) > 1 else LONE_FRAME_TOLERANCE
     found = [_nearest(narration.times, time, tolerance) for time in times]
-    if None in found and (reason := _disagreement(narration, found, all_times, tolerance)):
+    if None in found and (reason := _disagreement(narration, all_times, tolerance)):
         raise InputError(f"{path}: {video}: {reason}")
     sentences = [None if index is None else narration.sentences[index] for index in found]
     return [sentence if sentence and not sentence.isspace() else None for sentence in sentences]
@@ -165,19 +169,28 @@ def _nearest(times: Sequence[float], time: float, tolerance: float) -> int | Non
     return best if best is not None and abs(times[best] - time) <= tolerance + 1e-6 else None
 
 
-def _disagreement(narration: Narration, found: list[int | None], all_times: Sequence[float], tolerance: float) -> str:
-    """Why picked frames have no sentence, or "" where the narration merely has holes."""
-    if not narration.times:
+def _disagreement(narration: Narration, all_times: Sequence[float], tolerance: float) -> str:
+    """Why frames have no sentence, or "" where the narration merely has holes."""
+    strays = [time for time in narration.times if _nearest(all_times, time, tolerance) is None]
+    n, m = len(all_times), len(narration.times)
+    if len(strays) <= STRAY_SHARE * m:
+        # Failures may leave just these frames by chance, except where there are many other ways to choose m of n.
+        of_picks = [all_times[index] for index in pick_frames(n, m)] if 3 * m <= 2 * n and comb(n, m) > 10**6 else []
+        if of_picks and all(abs(a - b) <= tolerance for a, b in zip(narration.times, of_picks)):
+            return (
+                f"narration of other frames: it has a sentence for {m} evenly picked ones of {n}, and others are asked "
+                f"for; pick as many (--max_frames {m}), or narrate the others too"
+            )
         return ""
-    if len(all_times) > 1 and len(narration.times) > 1:
+    if n > 1 and m > 1:
         of_frames, of_sentences = _spacing(all_times), _spacing(narration.times)
         if abs(of_sentences - of_frames) > RATE_MARGIN * of_frames:
             return (
                 f"narration of another frame rate: a sentence every {of_sentences:.2f} s, a frame every "
-                f"{of_frames:.2f} s, {found.count(None)} of {len(found)} frames unmatched; extract frames at its rate, "
-                f"narrate these frames, or pick as many as were narrated (--max_frames {len(narration.times)})"
+                f"{of_frames:.2f} s, {len(strays)} of {m} sentences on no frame; extract frames at its rate, or "
+                "narrate these frames"
             )
-    if all(_nearest(narration.times, time, tolerance) is None for time in all_times):
+    if len(strays) == m:
         return (
             f"narration of another clock: sentences from {narration.times[0]:.2f} s to {narration.times[-1]:.2f} s, "
             "none at a frame; check that narrations and frames come from the same video files, or narrate these frames"

@@ -3,9 +3,9 @@
 import sys
 
 from narvid.flags import command
-from narvid.narration import check, narrate
+from narvid.narration import check, convert, narrate
 
-COMMANDS = {"narrate": narrate.main, "check": check.main_check, "convert": check.main_convert}
+COMMANDS = {"narrate": narrate.main, "check": check.main, "convert": convert.main}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,34 +1,26 @@
-"""Picture -> sentence: an image-text model in this process (transformers), or a server that speaks OpenAI's protocol.
+"""Picture -> sentence: the form of a captioner, and the one that runs a model in this process (transformers).
 
-Two captioners with one form. Making one is cheap: no weight is loaded and no request sent before the first picture.
-  label                                  str, recorded with every narration: model, number type, decoding
-  prompt                                 str, recorded too; "" for a model that takes none
-  caption(pictures, keys=None) -> list   of str, or Failed where there is no sentence
-A picture is the bytes of an image file, so that a server gets a frame as it lies on the disk. `keys` name the pictures
-(video and time): with sampling, a picture's random numbers come from its key and the seed, never from its neighbours
-in a batch. Without keys the decoding is greedy.
-Not here: videos, frame folders, resumption, flags (narrate.py).
+Not here: models behind a server (chat_server.py), what an answer is worth (answers.py), whether the picture is seen
+(pictures.py), frame folders, resumption, flags (narrate.py).
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib
 import os
-import threading
-import time
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from typing import Protocol
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from narvid import InputError
+from narvid.narration.answers import Failed, sentence
 
-# torch, transformers and openai are imported where they are used: a client needs no torch, the other two are optional.
+# torch and transformers are imported where they are used: a server's client needs neither.
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"  # the paper's captioner (App. C)
 MAX_NEW_TOKENS = 77  # CLIP's context: what a longer answer adds never reaches the text tower
@@ -46,10 +38,23 @@ WITHOUT_PROMPT = ("blip", "blip-2", "git")  # model types that were trained to c
 WITHOUT_TEMPLATE = {"llava": "USER: <image>\n{prompt} ASSISTANT:"}  # model type -> the form on its model card
 
 
-class Failed(NamedTuple):
-    """In place of a sentence: why there is none."""
+class Captioner(Protocol):
+    """What both captioners are. Making one is cheap: no weight is loaded and no request sent before the first picture.
 
-    why: str
+    label: recorded with every narration: model, number type, decoding. prompt: recorded too; "" for a model that takes
+    none.
+    """
+
+    label: str
+    prompt: str
+
+    def caption(self, pictures: Sequence[bytes], keys: Sequence[str] | None = None) -> list[str | Failed]:
+        """One answer a picture: a sentence, or Failed where there is none.
+
+        pictures: the bytes of image files, so that a server gets a frame as it lies on the disk. keys name the pictures
+        (video and time): with sampling, a picture's random numbers come from its key and the seed, never from its
+        neighbours in a batch. Without keys the decoding is greedy.
+        """
 
 
 class LocalCaptioner:
@@ -72,31 +77,34 @@ class LocalCaptioner:
     ):
         import torch
 
-        transformers = _optional("transformers")
+        transformers = optional("transformers")
         self._device = torch.device("cpu")
         if torch.cuda.is_available():
-            _optional("accelerate")  # puts the weights on the GPU without a copy in memory for each process
+            optional("accelerate")  # puts the weights on the GPU without a copy in memory for each process
             self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         if load_4bit:
             if self._device.type == "cpu":
                 raise InputError("--load_4bit needs a GPU, and none is visible; leave it out")
-            _optional("bitsandbytes")
+            optional("bitsandbytes")
         dtype = dtype or ("fp32" if self._device.type == "cpu" else "bf16")
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         try:
             kind = transformers.AutoConfig.from_pretrained(model).model_type
             self._processor = transformers.AutoProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
-            raise InputError(f"--captioner {model}: no model that transformers can read ({_line(error)})") from error
+            why = first_line(error)
+            raise InputError(f"--captioner {model}: no model that transformers can read ({why})") from error
         self._model_name, self._load_4bit, self._max_new_tokens = model, load_4bit, max_new_tokens
         self._temperature, self._seed = temperature, seed
         self._template, self.prompt = self._prompt_form(kind, prompt)
+        opened = re.search(r"<\w+>\s*$", self._template or "")  # some templates begin the reasoning themselves
+        self._opened = opened[0] if opened else ""
         tokenizer = getattr(self._processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.padding_side = "left"  # a decoder goes on where the prompt ends
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         number_type = dtype + " 4bit" * load_4bit
-        self.label = f"{model.rstrip('/')} {number_type} {_decoding(temperature, seed, max_new_tokens)}"
+        self.label = f"{model.rstrip('/')} {number_type} {decoding(temperature, seed, max_new_tokens)}"
 
     def _prompt_form(self, kind: str, prompt: str | None) -> tuple[str | None, str]:
         """(text that stands for picture and prompt, or None for the picture alone; the prompt to record)."""
@@ -131,7 +139,7 @@ class LocalCaptioner:
             model = auto.from_pretrained(self._model_name, dtype=self._dtype, **place)  # in eval mode
         except (OSError, ValueError, ImportError) as error:
             raise InputError(
-                f"--captioner {self._model_name}: no image-text model that transformers can load ({_line(error)})"
+                f"--captioner {self._model_name}: no image-text model that transformers can load ({first_line(error)})"
             ) from error
         except torch.cuda.OutOfMemoryError as error:
             raise InputError(
@@ -151,7 +159,7 @@ class LocalCaptioner:
         _ = self._model  # loaded before the first seed is set: loading may draw random numbers
         answers = []
         for picture, key in zip(pictures, keys, strict=True):
-            torch.manual_seed(_seed_of(self._seed, key))
+            torch.manual_seed(seed_of(self._seed, key))
             # The temperature is all there is to record: what else a model's own settings would cut off is switched off.
             answers += self._generate([picture], do_sample=True, temperature=self._temperature, top_p=1.0, top_k=0)
         return answers
@@ -172,11 +180,16 @@ class LocalCaptioner:
                 "(what is captioned is kept)"
             ) from error
         except (ValueError, TypeError) as error:
-            raise InputError(f"--captioner {self._model_name} cannot caption a picture: {_line(error)}") from error
+            raise InputError(f"--captioner {self._model_name} cannot caption a picture: {first_line(error)}") from error
         prompt = inputs.get("input_ids")  # (N, prompt)
         if prompt is not None and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
-        return [_sentence(text) for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+        ends = self._model.generation_config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=tokens.device).reshape(-1)
+        whole = torch.isin(tokens, ends).any(dim=1).tolist()  # a batch goes on until its last picture's end token
+        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
+        return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens)
+                for text, ended in zip(texts, whole, strict=True)]  # fmt: skip
 
     def _inputs(self, pictures: list[Image.Image]):
         if self._template is None:
@@ -191,83 +204,7 @@ class LocalCaptioner:
         )
 
 
-class ServerCaptioner:
-    """A model behind an OpenAI-compatible /chat/completions: vLLM, `transformers serve`, llama.cpp, a hosted one.
-
-    url: with its path; /v1 is added to one that has none. The key is read from the environment variable `api_key_env`.
-    timeout: seconds for one request. 408, 409, 429, 5xx, timeouts and broken connections are tried again `retries`
-    times, with exponential back-off and jitter (the openai library's); then the picture counts as failed.
-    requests_per_second: between the starts of new requests; a repeated one follows the back-off alone.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        prompt: str | None = None,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float | None = None,
-        seed: int = 0,
-        api_key_env: str | None = None,
-        retries: int = 5,
-        timeout: float = 60.0,
-        requests_per_second: float | None = None,
-    ):
-        openai = _optional("openai")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise InputError(f"--server {url}: no address such as http://localhost:8000/v1")
-        if api_key_env and not os.environ.get(api_key_env):
-            raise InputError(f"--api_key_env {api_key_env}: the environment has no such variable, or an empty one")
-        key = os.environ.get(api_key_env or "OPENAI_API_KEY") or "none"  # a server of one's own wants none
-        url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
-        self._url, self._model, self._max_new_tokens = url, model, max_new_tokens
-        self._temperature, self._seed = temperature, seed
-        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
-        self._pause = 1 / requests_per_second if requests_per_second else 0.0
-        self._next_start, self._lock = 0.0, threading.Lock()
-        self.prompt = prompt_text(prompt)
-        self.label = f"{model} server {_decoding(temperature, seed, max_new_tokens)}"
-
-    def caption(self, pictures: Sequence[bytes], keys: Sequence[str] | None = None) -> list[str | Failed]:
-        """One answer a picture, one request after the other; may be called from many threads."""
-        return [self._ask(*pair) for pair in zip(pictures, keys or [None] * len(pictures), strict=True)]
-
-    def _ask(self, picture: bytes, key: str | None) -> str | Failed:
-        import openai
-
-        sampling = {"temperature": 0.0}
-        if key is not None and self._temperature is not None:
-            sampling = {"temperature": self._temperature, "seed": _seed_of(self._seed, key)}
-        url = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self.prompt}]
-        self._wait_for_turn()
-        try:
-            answer = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=self._max_new_tokens,
-                **sampling,
-            )
-            return _sentence(answer.choices[0].message.content)
-        except openai.APIError as error:
-            status = getattr(error, "status_code", type(error).__name__)  # timeouts and broken connections have none
-            return Failed(f"{self._url}: {status}: {_line(error)}")
-        except (ValueError, TypeError, AttributeError, IndexError):  # a page, half a JSON, no choices
-            return Failed(f"{self._url}: the answer is no chat completion")
-
-    def _wait_for_turn(self) -> None:
-        with self._lock:
-            start = max(self._next_start, time.monotonic())
-            self._next_start = start + self._pause
-        time.sleep(max(0.0, start - time.monotonic()))
-
-
-Captioner = LocalCaptioner | ServerCaptioner
-
-
-# ---- what both share ----
+# ---- what captioners share ----
 
 
 def prompt_text(prompt: str | None) -> str:
@@ -275,69 +212,28 @@ def prompt_text(prompt: str | None) -> str:
     return PROMPTS.get(prompt or "C", prompt)
 
 
-def _decoding(temperature: float | None, seed: int, max_new_tokens: int) -> str:
+def decoding(temperature: float | None, seed: int, max_new_tokens: int) -> str:
+    """How tokens are chosen, for a label."""
     how = "greedy" if temperature is None else f"sample temperature={temperature:g} seed={seed}"
     return f"{how} max_new_tokens={max_new_tokens}"
 
 
-def _seed_of(seed: int, key: str) -> int:
+def seed_of(seed: int, key: str | None) -> int:
     """31 bits (servers take no more) from the run's seed and a picture's key."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:4], "big") >> 1
 
 
-def _sentence(text: object) -> str | Failed:
-    """An answer in one line, or Failed for one without a word."""
-    if not isinstance(text, str):
-        return Failed("the answer holds no text")
-    text = " ".join(text.encode("utf-8", "replace").decode().split())  # half a surrogate pair cannot be written
-    return text or Failed("the answer is empty")
-
-
-def _line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of an error's message; libraries add advice below."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _optional(name: str):
+def optional(name: str):
+    """An optional library; InputError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         packages = "bitsandbytes" if name == "bitsandbytes" else "-e '.[captioners]'"
         raise InputError(
-            f"{name} is not installed ({_line(error)}); in the repository run: pip install {packages}"
+            f"{name} is not installed ({first_line(error)}); in the repository run: pip install {packages}"
         ) from error
-
-
-# ---- does the picture reach the model? ----
-
-
-def made_pictures() -> tuple[bytes, bytes]:
-    """Two jpgs that nobody would describe alike: a red disc on white, white stripes on blue."""
-    disc, stripes = Image.new("RGB", (336, 336), "white"), Image.new("RGB", (336, 336), (20, 40, 160))
-    ImageDraw.Draw(disc).ellipse((60, 60, 276, 276), fill=(220, 20, 20))
-    for left in range(0, 336, 56):
-        ImageDraw.Draw(stripes).rectangle((left, 0, left + 20, 336), fill="white")
-    files = BytesIO(), BytesIO()
-    for picture, file in zip((disc, stripes), files, strict=True):
-        picture.save(file, "JPEG", quality=95)
-    return files[0].getvalue(), files[1].getvalue()
-
-
-def check_sees(captioner: Captioner, pairs: Iterable[Sequence[bytes]]) -> list[str]:
-    """The answers to the first pair of different pictures that differ; InputError where those of every pair are alike.
-
-    A prompt without the image token, a template that drops the picture and a text-only model all give fluent sentences
-    about nothing. Decoding is greedy here, so that only the picture can make a difference.
-    """
-    answers = []
-    for pair in pairs:
-        answers = captioner.caption(pair)
-        for answer in answers:
-            if isinstance(answer, Failed):
-                raise InputError(f"{captioner.label}: no sentence for a first picture ({answer.why})")
-        if answers[0] != answers[1]:
-            return answers
-    raise InputError(
-        f"{captioner.label}: two different pictures get the same sentence, {answers[0][:80]!r}: the picture does not "
-        "reach the model; its prompt lacks the image token, its chat template drops images, or it is a text-only model"
-    )

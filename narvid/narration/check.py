@@ -1,10 +1,11 @@
-"""What is wrong with a narration file, and the command that checks one or converts a published one.
+"""What is wrong with a narration file, and the command that checks one.
 
 Names every video whose narration is missing, misaligned, cut by the text tower, a copy of another video's, and so on.
-Not here: our form and the join (`narrations.py`), published forms and their alignment (`published_narrations.py`).
+Not here: our form and the join (`narrations.py`), published forms and their alignment (`published_narrations.py`),
+what a refusal is (`answers.py`).
 
     python -m narvid.narration check FILE --frames DIR [--max_frames K] [--max_words 64] [--list FILE]
-    python -m narvid.narration convert FILE --frames DIR --out narrations.jsonl
+    python -m narvid.narration check FILE --frames DIR --drop refused --out FILE
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from narvid import InputError
 from narvid.flags import Parser, positive
+from narvid.narration.answers import is_refusal
 from narvid.data.frames import load_frame_index, pick_frames
 from narvid.data.narrations import Narration, date_published, join, parse_lines, write_narrations
 from narvid.data.published_narrations import ALIGNMENT, form_of, parse_published, read_text
@@ -27,11 +29,12 @@ from narvid.progress import tqdm
 
 ERRORS = {
     "missing": "frames, no narration",
-    "empty": "a narration without a single word",
+    "empty": "a narration without a single word, or of refusals alone",
     "misaligned": "frames and sentences disagree about time",
 }
 WARNINGS = {
     "holes": "some frames without a sentence; training masks them",
+    "refused": "apologies in place of sentences; --drop refused leaves them out, narrate --again refused asks again",
     "unused": "a narration, no frames",
     "truncated": "sentences longer than the text tower reads; the rest is never seen",
     "equal": "nearly all sentences are another video's; is one of the two narrated from wrong frames?",
@@ -46,6 +49,7 @@ COMMON = 0.1  # share of the videos with one and the same sentence from which on
 class Report(NamedTuple):
     """What `validate` found; `problems`: kind (a key of ERRORS or WARNINGS) -> video -> what is wrong with it.
 
+    refused: how many sentences are refusals.
     Shares: of frames with a sentence, of sentences that repeat the one before, of sentences cut at max_words tokens,
     of tokens lost by that, of videos that contain the most frequent sentence (`common`).
     `alignment`: which frame each caption of a published file was given; "" for our form, whose sentences have times.
@@ -57,6 +61,7 @@ class Report(NamedTuple):
     problems: dict[str, dict[str, str]]
     mean_words: float
     framed_share: float
+    refused: int
     repeated_share: float
     max_words: int
     cut_share: float
@@ -100,13 +105,15 @@ def validate(
         if blank:
             kind = "holes" if "".join(narrations[video].sentences).strip() else "empty"
             problems[kind][video] = f"{blank} of {len(sentences)} frames"
+    problems["refused"], refused = _refusals(narrations)
+    problems["empty"] |= {video: what for video, what in problems["refused"].items() if what.startswith("all ")}
     mean_words, repeated_share = _language(narrations)
     problems["truncated"], cut_share, lost_share = _truncated(narrations, max_words)
     said = {video: said for video, narration in narrations.items() if (said := _said(narration))}
     problems["equal"], problems["generic"] = _equal(said)
     captioners = Counter(narration.captioner for narration in narrations.values())
-    report = Report(len(narrated), frames, captioners, problems, mean_words, framed / max(frames, 1), repeated_share,
-                    max_words, cut_share, lost_share, *_most_frequent(said), alignment)  # fmt: skip
+    report = Report(len(narrated), frames, captioners, problems, mean_words, framed / max(frames, 1), refused,
+                    repeated_share, max_words, cut_share, lost_share, *_most_frequent(said), alignment)  # fmt: skip
     return report, narrations
 
 
@@ -122,6 +129,18 @@ def _read(path, frame_times):
 
 
 # ---- language ----
+
+
+def _refusals(narrations: Mapping[str, Narration]) -> tuple[dict[str, str], int]:
+    """Video -> how many of its sentences are refusals, and their number in all."""
+    found, total = {}, 0
+    for video, narration in narrations.items():
+        if refusals := [text for text in narration.sentences if is_refusal(text)]:
+            n = sum(not text.isspace() for text in narration.sentences if text)
+            share = f"all {n}" if len(refusals) == n else f"{len(refusals)} of {n}"
+            found[video] = f"{share} sentences, such as {_quote(refusals[0])}"
+            total += len(refusals)
+    return found, total
 
 
 def _language(narrations: Mapping[str, Narration]) -> tuple[float, float]:
@@ -238,6 +257,7 @@ def print_report(path: str | Path, report: Report) -> None:
         print(f"            {report.alignment}")
     print(f"{report.framed_share:10.2%}  of {report.frames} frames have a sentence")
     print(f"{report.mean_words:10.2f}  words a sentence")
+    print(f"{report.refused:10}  sentences are refusals")
     print(f"{report.repeated_share:10.2%}  of the sentences equal the one before")
     print(f"{report.cut_share:10.2%}  of the sentences are cut at {report.max_words} tokens (--max_words); "
           f"{report.lost_share:.2%} of all tokens are lost")  # fmt: skip
@@ -271,54 +291,43 @@ def _write(path: str | Path, lines: Iterable[str]) -> None:
 # ---- the command line ----
 
 
-def convert(path: str | Path, frame_times: Mapping[str, Sequence[float]], out: str | Path) -> None:
-    """Write a published file in our form and print which frame each caption was given.
+def drop_refused(path: str | Path, narrations: Mapping[str, Narration], out: str | Path) -> None:
+    """Write narrations of our form without the sentences that are refusals; training masks their frames.
 
-    frame_times: video -> times (s) of all its extracted frames. Raises InputError, and writes nothing, where a video
-    is misaligned, no video has frames, or the file is in our form.
+    A video of refusals alone stays, without a sentence. InputError where `out` is the file itself.
     """
-    text = read_text(path)
-    form = form_of(text)
-    if form == "ours":
-        raise InputError(f"{path}: is in our form already; use it as it is, and `check` it")
-    captions_of = parse_published(path, text, form, frame_times)
-    narrations, misaligned = date_published(form, captions_of, frame_times)
-    if misaligned:
-        video, reason = next(iter(misaligned.items()))
-        raise InputError(f"{out} is not written: {len(misaligned)} videos of {path} are misaligned, {video}: {reason}")
-    if not narrations:
-        name = next(iter(captions_of), "none")
-        raise InputError(f"{path}: none of its {len(captions_of)} videos ({name}, ...) has frames; is it this corpus?")
-    write_narrations(out, narrations.items())
-    print(f"{path}: {ALIGNMENT[form]}")
-    print(f"wrote {len(narrations)} narrations to {out}; {len(captions_of) - len(narrations)} videos have no frames")
+    if os.path.realpath(path) == os.path.realpath(out):
+        raise InputError(f"--out {out} is the file that is checked: give another one")
+    kept, dropped = {}, 0
+    for video, narration in narrations.items():
+        pairs = [pair for pair in zip(narration.times, narration.sentences, strict=True) if not is_refusal(pair[1])]
+        kept[video] = narration._replace(times=[time for time, _ in pairs], sentences=[text for _, text in pairs])
+        dropped += len(narration.times) - len(pairs)
+    write_narrations(out, kept.items())
+    print(f"wrote {len(kept)} narrations to {out}, {dropped} refusals left out")
 
 
-def _parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"python -m narvid.narration {name}", allow_abbrev=False, description=description)
-    parser.add_argument("file", help="narration file, ours (check only) or a published one")
-    parser.add_argument("--frames", required=True, help="folder of extracted frames, with its index")
-    return parser
-
-
-def main_check(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`check`: print the report; exit status 1 where a video has no narration, an empty one or a misaligned one."""
-    parser = _parser("check", "Compare narrations with the extracted frames.")
+    parser = Parser(prog="python -m narvid.narration check", allow_abbrev=False,
+                    description="Compare narrations with the extracted frames.")
+    parser.add_argument("file", help="narration file, ours or a published one")
+    parser.add_argument("--frames", required=True, help="folder of extracted frames, with its index")
     parser.add_argument("--max_frames", type=positive, help="check the frames that training picks (default: all)")
     parser.add_argument("--max_words", type=positive, default=64, help="tokens of a sentence that training reads [64]")
     parser.add_argument("--list", help="write every problem there as JSON lines: video, kind, what")
+    parser.add_argument("--drop", choices=("refused",), help="write the narrations to --out without such sentences")
+    parser.add_argument("--out", help="of --drop: a narration file in our form")
     args = parser.parse_args(argv)
+    if bool(args.drop) != bool(args.out):
+        parser.error("--drop and --out go together")
     frame_times = load_frame_index(args.frames)
-    report, _ = validate(args.file, frame_times, max_frames=args.max_frames, max_words=args.max_words)
+    report, narrations = validate(args.file, frame_times, max_frames=args.max_frames, max_words=args.max_words)
+    if args.drop and report.alignment:
+        parser.error(f"--drop: {args.file} is in a published form; turn it into ours with `convert`, then --drop")
     print_report(args.file, report)
     if args.list:
         print(f"wrote {write_list(args.list, report)} problems to {args.list}")
+    if args.drop:
+        drop_refused(args.file, narrations, args.out)
     sys.exit(any(report.problems[kind] for kind in ERRORS))
-
-
-def main_convert(argv: Sequence[str] | None = None) -> None:
-    """`convert`: write a published narration file in our form."""
-    parser = _parser("convert", "Write a published file in our form.")
-    parser.add_argument("--out", required=True, help="write the narrations there in our form (JSON lines)")
-    args = parser.parse_args(argv)
-    convert(args.file, load_frame_index(args.frames), args.out)

@@ -2,9 +2,12 @@
 
 A shard appends every sentence at once to its own journal, <OUT>.parts/<shard>-of-<n>.jsonl, one captioned frame a line:
   {"video", "time": of that frame, "shared": [times of the frames that share its sentence], "text" or "why" there is
-  none, "captioner", "prompt"}
+  none, "kind": of answers.KINDS, left out for a whole sentence, "again": how often it was asked again, if it was,
+  "captioner", "prompt"}
 Whoever starts reads all journals and OUT. So a kill costs the frames in hand and nothing else, and the number of shards
-may change between two runs. OUT's own videos stay. Not here: frames, models, flags (narrate.py, captioners.py).
+may change between two runs. OUT's own videos stay. Of several answers to a frame a sentence counts before half of one,
+that before a refusal, that before none, then the newest: whatever journals they stand in, nothing gets lost by asking
+again. Not here: frames, models, flags (narrate.py, captioners.py).
 """
 
 from __future__ import annotations
@@ -12,15 +15,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from narvid import InputError
+from narvid.files import read_json_lines, write_json_lines
+from narvid.narration.answers import KINDS, Cut, Failed, is_refusal, kind_of
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 
-ENTRY = {"video", "time", "shared", "captioner", "prompt"}
+MEND = "delete that line, its frame is then captioned again"
 
 
 class Shard(NamedTuple):
@@ -31,12 +37,31 @@ class Shard(NamedTuple):
     shows: bool
 
 
+class Answer(NamedTuple):
+    """What is known of a frame: its sentence or Failed, how often it was asked again, and where that stands."""
+
+    said: str | Failed
+    again: int
+    where: str
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Of two answers the one with the higher rank counts."""
+        if isinstance(self.said, Failed):
+            return 0, self.again
+        return (1 if is_refusal(self.said) else 2 if isinstance(self.said, Cut) else 3), self.again
+
+
 class Known(NamedTuple):
-    """What journals and OUT hold: (captioner, prompt) or None, and video -> time -> sentence or reason for none."""
+    """What journals and OUT hold: (captioner, prompt) or None, and video -> time -> the answer that counts."""
 
     maker: tuple[str, str] | None
-    texts: dict[str, dict[float, str]]
-    failed: dict[str, dict[float, str]]
+    answers: dict[str, dict[float, Answer]]
+
+    def texts(self, video: str) -> dict[float, str]:
+        """Time -> sentence, of one video."""
+        return {moment: answer.said for moment, answer in self.answers.get(video, {}).items()
+                if not isinstance(answer.said, Failed)}  # fmt: skip
 
 
 def my_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> Shard:
@@ -65,63 +90,89 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
+def made_by(out: Path) -> tuple[str, str] | None:
+    """(captioner, prompt) of the first sentence there is, in the journals or in OUT; None where there is none."""
+    for _, entry in _entries(out):
+        if "text" in entry:
+            return entry["captioner"], entry["prompt"]
+    for narration in load_narrations(out).values() if out.exists() else ():
+        return narration.captioner, narration.prompt
+    return None
+
+
 def read_known(out: Path, maker: tuple[str, str] | None) -> Known:
     """All journals, then OUT; InputError where one was made otherwise than by `maker`, or where two sentences disagree.
 
-    maker None (--merge): whatever the first line says; the others must say the same.
+    maker None (--merge): whatever the first sentence says; the others must say the same. A failure of another maker
+    does not count: nothing of it reaches OUT.
     """
-    known, texts_from = Known(maker, {}, {}), {}
+    known, superseded = Known(maker, {}), set()
     for where, entry in _entries(out):
-        known = _same_maker(known, (entry["captioner"], entry["prompt"]), where)
+        made = entry["captioner"], entry["prompt"]
+        if "text" in entry:
+            known = _same_maker(known, made, where)
+            said = Cut(entry["text"]) if entry.get("kind") == "cut" else entry["text"]
+        elif known.maker in (None, made):
+            said = Failed(entry["why"], entry.get("kind", "failed"))
+        else:
+            continue
         for moment in map(float, (entry["time"], *entry["shared"])):
-            if "text" in entry:
-                _add(known, texts_from, entry["video"], moment, entry["text"], where)
-            else:
-                known.failed.setdefault(entry["video"], {})[moment] = entry["why"]
+            _add(known, superseded, entry["video"], moment, Answer(said, entry.get("again", 0), where))
     if out.exists():
         for video, narration in load_narrations(out).items():
             known = _same_maker(known, (narration.captioner, narration.prompt), f"{out}, video {video}")
             for moment, text in zip(narration.times, narration.sentences, strict=True):
-                if text.strip():
-                    _add(known, texts_from, video, moment, text, f"{out}, video {video}")
+                if text.strip() and (video, moment, text) not in superseded:
+                    _add(known, superseded, video, moment, Answer(text, 0, f"{out}, video {video}"))
     return known
 
 
 def _entries(out: Path) -> Iterator[tuple[str, dict]]:
     """(file and line, entry) of every line of every journal; a torn one, behind the last line break, does not count."""
     for path in sorted(parts_folder(out).glob("*-of-*.jsonl")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for line_number, line in enumerate(lines[:-1], 1):
-            try:
-                entry = json.loads(line)
-                if not ENTRY <= entry.keys():
-                    raise ValueError(f"no {ENTRY}")
-            except (ValueError, AttributeError) as error:
-                raise InputError(
-                    f"{path}, line {line_number} is damaged; delete that line, its frame is then captioned again"
-                ) from error
-            yield f"{path}, line {line_number}", entry
+        for line, entry in read_json_lines(path, advice=MEND, whole=True):
+            if not _is_entry(entry):
+                raise InputError(f"{path}:{line}: no line of a journal; {MEND}")
+            yield f"{path}:{line}", entry
 
 
-def _same_maker(known: Known, made_by: tuple[str, str], where: str) -> Known:
-    if known.maker in (None, made_by):
-        return known._replace(maker=made_by)
-    theirs, ours = (" with prompt ".join(map(repr, maker)) for maker in (made_by, known.maker))
+def _is_entry(entry: dict) -> bool:
+    """Whether a line is what `append` writes."""
+    if not isinstance(entry.get("shared"), list):
+        return False
+    texts = [entry.get(key) for key in ("video", "captioner", "prompt", "text" if "text" in entry else "why")]
+    times = [entry.get("time"), *entry["shared"]]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(time) in (int, float) and 0 <= time < 1e9 for time in times)
+        and entry.get("kind", "failed") in tuple(KINDS)
+        and type(entry.get("again", 0)) is int
+    )
+
+
+def _same_maker(known: Known, made: tuple[str, str], where: str) -> Known:
+    if known.maker in (None, made):
+        return known._replace(maker=made)
+    theirs, ours = (" with prompt ".join(map(repr, maker)) for maker in (made, known.maker))
     raise InputError(f"{where} was made by {theirs}, this run is {ours}: use the same flags, or give another --out")
 
 
-def _add(known: Known, texts_from: dict, video: str, moment: float, text: str, where: str) -> None:
-    if known.texts.setdefault(video, {}).setdefault(moment, text) != text:
-        raise InputError(
-            f"{where}: {video} has another sentence at {moment} s than in {texts_from[video, moment]}; delete one"
-        )
-    texts_from.setdefault((video, moment), where)
+def _add(known: Known, superseded: set, video: str, moment: float, new: Answer) -> None:
+    """Keep the answer that counts; `superseded`: (video, time, text) of those that do not."""
+    old = known.answers.setdefault(video, {}).setdefault(moment, new)
+    if old.said == new.said:
+        return
+    if old.rank[0] == new.rank[0] == 3:  # nobody asks again for a whole sentence
+        raise InputError(f"{new.where}: {video} has another sentence at {moment} s than in {old.where}; delete one")
+    worse, better = (old, new) if old.rank <= new.rank else (new, old)
+    known.answers[video][moment] = better
+    superseded.add((video, moment, worse.said))
 
 
 def check_times(out: Path, known: Known, times: Mapping[str, list[float]]) -> None:
     """InputError if a sentence stands at a time at which its video has no frame (any more)."""
-    for video, told in known.texts.items():
-        if stray := set(told) - set(times.get(video, told)):
+    for video in known.answers:
+        if stray := set(known.texts(video)) - set(times.get(video, known.texts(video))):
             raise InputError(
                 f"{out}: {video} has a sentence at {min(stray)} s and no frame there: its frames were extracted anew; "
                 "give another --out"
@@ -144,10 +195,13 @@ def open_journal(out: Path, shard: Shard) -> TextIO:
     return journal
 
 
-def append(journal: TextIO, maker: tuple[str, str], video: str, moment: float, shared: Sequence[float], *,
-           text: str | None, why: str | None) -> None:
+def append(journal: TextIO, maker: tuple[str, str], video: str, moment: float, shared: Sequence[float],
+           said: str | Failed, again: int) -> None:
     """One captioned frame's line: its sentence, or why it has none; out of this process's hands when this returns."""
-    entry = {"video": video, "time": moment, "shared": list(shared)} | ({"why": why} if why else {"text": text})
+    entry = {"video": video, "time": moment, "shared": list(shared)}
+    entry |= {"why": said.why} if isinstance(said, Failed) else {"text": said}
+    entry |= {"kind": kind} if (kind := kind_of(said)) else {}
+    entry |= {"again": again} if again else {}
     entry |= {"captioner": maker[0], "prompt": maker[1]}
     journal.write(json.dumps(entry, ensure_ascii=False) + "\n")
     journal.flush()
@@ -157,7 +211,7 @@ def append(journal: TextIO, maker: tuple[str, str], video: str, moment: float, s
 
 
 def failed_file(out: Path) -> Path:
-    """Where the frames without a sentence are listed."""
+    """Where the frames without a whole sentence are listed."""
     return out.with_name(f"{out.stem}.failed.jsonl")
 
 
@@ -171,18 +225,25 @@ def one_at_a_time(out: Path) -> Iterator[None]:
         yield
 
 
-def write_out(out: Path, known: Known, times: Mapping[str, list[float]]) -> int:
-    """Write the narrations and the list of failed frames, in the order of the frame index; returns how many failed."""
-    order = [*times, *(video for video in known.texts if video not in times)]
-    told = [(video, sorted(known.texts[video].items())) for video in order if video in known.texts]
-    failed = [{"video": video, "time": moment, "why": why} for video in times if video in known.failed
-              for moment, why in sorted(known.failed[video].items()) if moment not in known.texts.get(video, ())]
+def write_out(out: Path, known: Known, times: Mapping[str, list[float]]) -> Counter[tuple[str, bool]]:
+    """Write the narrations and, in OUT's .failed.jsonl, every answer that is no whole sentence, in the index's order.
+
+    Returns how many of each: (kind of answers.KINDS, whether its text stands in OUT all the same) -> number.
+    """
+    order = [*times, *(video for video in known.answers if video not in times)]
+    told = [(video, sorted(texts.items())) for video in order if (texts := known.texts(video))]
+    entries, counts = [], Counter()
+    for video in times:
+        for moment, (said, _, _) in sorted(known.answers.get(video, {}).items()):
+            if kind := kind_of(said):
+                failed = isinstance(said, Failed)
+                counts[kind, not failed] += 1
+                entry = {"video": video, "time": moment, "kind": kind}
+                entry |= {"why": said.why} if failed else {"why": KINDS[kind], "text": said}
+                entries.append(entry)
     failed_file(out).unlink(missing_ok=True)
-    if failed:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in failed)
-        temporary = failed_file(out).with_suffix(".tmp")
-        temporary.write_text(lines, encoding="utf-8")
-        os.replace(temporary, failed_file(out))
-    made_by = known.maker
-    write_narrations(out, ((video, Narration(*made_by, *map(list, zip(*pairs, strict=True)))) for video, pairs in told))
-    return len(failed)
+    if entries:
+        write_json_lines(failed_file(out), entries)
+    maker = known.maker
+    write_narrations(out, ((video, Narration(*maker, *map(list, zip(*pairs, strict=True)))) for video, pairs in told))
+    return counts

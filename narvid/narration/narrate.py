@@ -5,103 +5,56 @@
   bash scripts/narrate.sh FRAMES OUT                               one process a GPU, packages installed where missing
 
 Near-identical neighbours share a sentence (--same_frame). Videos are dealt to shards (--shard, Slurm arrays, torchrun).
-Killed, the same command continues; the shard that finds nothing missing writes OUT, whole, and OUT's .failed.jsonl
-where frames have no sentence, which the next run tries again. New videos of the frame folder are added to OUT.
-Here: frames, flags, the loop. Not here: models, servers, prompts (captioners.py), what is done already (journals.py).
+Killed, the same command continues; the shard that finds nothing missing writes OUT, whole, and OUT's .failed.jsonl,
+which lists every answer that is no whole sentence. A frame without a sentence is asked about again by the next run, a
+refusal by --again refused. New videos of the frame folder are added to OUT.
+Here: frames, flags, the loop. Not here: models, servers, prompts (captioners.py, chat_server.py), which pictures are
+nearly alike (pictures.py), what an answer is worth (answers.py), what is done already (journals.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import numpy as np
-from PIL import Image
-
 from narvid import InputError
-from narvid.narration.captioners import (
-    DEFAULT_MODEL,
-    MAX_NEW_TOKENS,
-    Captioner,
-    Failed,
-    LocalCaptioner,
-    ServerCaptioner,
-    check_sees,
-    made_pictures,
-)
-from narvid.flags import Parser, count, number, positive, positive_float
 from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames
+from narvid.files import read_json_lines
+from narvid.flags import Parser, count, number, positive, positive_float
+from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal, kind_of
+from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
+from narvid.narration.chat_server import ServerCaptioner
 from narvid.narration.journals import (
+    Answer,
     Known,
     Shard,
     append,
     check_times,
     failed_file,
+    made_by,
     my_shard,
     one_at_a_time,
     open_journal,
     read_known,
     write_out,
 )
+from narvid.narration.pictures import SAME_FRAME, check_sees, distance, distinct_frames, made_pictures, thumbnail
 from narvid.progress import tqdm
-
-SAME_FRAME = 5.0  # grey levels: neighbours in 15 MSR-VTT clips differ by 0 or 1 (stills), once by 6, else by 14 or more
-STOP_AFTER = 10  # frames in a row without a sentence: the server is down or the model mute, for all that follow too
 
 
 class Job(NamedTuple):
-    """One frame to caption, and the times of the frames that share its sentence."""
+    """One frame to caption, the times of the frames that share its sentence, and how often it was asked before."""
 
     video: str
     path: Path
     time: float
     shared: list[float]
-
-
-# ---- near-identical frames ----
-
-
-def distinct_frames(paths: Sequence[str | Path], threshold: float) -> list[int]:
-    """For each frame of a video, in time order, the index of the frame whose sentence it gets; its own where captioned.
-
-    A frame is captioned if it differs by `threshold` or more (`distance`) from the last captioned one, not from its
-    neighbour, so that slow drift adds up. 0 captions every frame and reads none.
-    """
-    if threshold <= 0:
-        return list(range(len(paths)))
-    captioned, last = [], None
-    for index, path in enumerate(paths):
-        seen = thumbnail(path)
-        if last is None or distance(seen, last) >= threshold:
-            last, leader = seen, index
-        captioned.append(leader)
-    return captioned
-
-
-def thumbnail(path: str | Path) -> np.ndarray:
-    """The picture in 16 x 16 grey cells, int16 (16, 16) of 0..255; decodes the jpg at an eighth of its size or more."""
-    try:
-        with Image.open(path) as picture:
-            picture.draft("L", (32, 32))
-            small = picture.convert("L").resize((16, 16), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(
-            f"frame {path} cannot be decoded ({error}): delete its folder and run extract_frames again"
-        ) from error
-    return np.asarray(small, dtype=np.int16)
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference of two thumbnails' cells, 0..255.
-
-    Not the mean: a small thing that moves before a still background is what a video is about, and changes few cells.
-    """
-    return float(np.abs(a - b).max())
+    again: int
 
 
 # ---- which frames, which shard ----
@@ -111,17 +64,10 @@ def read_lists(paths: Sequence[Path]) -> set[str]:
     """The video ids of JSON lines files such as test.jsonl."""
     videos = set()
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--list {path} cannot be read: {error}") from error
-        for line_number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                videos.add(str(json.loads(line)["video"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{path}, line {line_number}: expected {{"video": id, ...}}') from error
+        for line, entry in read_json_lines(path, advice="give --list a file such as test.jsonl"):
+            if not isinstance(entry.get("video"), str):
+                raise InputError(f'{path}:{line}: expected {{"video": id, ...}}')
+            videos.add(entry["video"])
     return videos
 
 
@@ -140,44 +86,55 @@ def wanted_frames(args: argparse.Namespace, times: Mapping[str, list[float]]) ->
 
 def plan(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: Mapping[str, list[int]], known: Known,
          shard: Shard) -> list[Job]:
-    """The frames that this shard has to caption: those without a sentence, less the ones that share another's."""
-    todo = []
+    """The frames that this shard has to caption: new ones and those of --again, less the ones that share another's."""
+    todo = {}
     for video in list(wanted)[shard.index :: shard.n]:
-        done = known.texts.get(video, {})
-        if any(times[video][index] not in done for index in wanted[video]):
-            todo.append(video)
+        answers = known.answers.get(video, {})
+        asked = {moment for moment, answer in answers.items() if not is_due(answer.said, args.again)}
+        if open_frames := [index for index in wanted[video] if times[video][index] not in asked]:
+            todo[video] = set(open_frames)
     jobs = []
     for video in tqdm(todo, "comparing frames", unit="video", disable=not (shard.shows and todo and args.same_frame)):
         paths = [frame_path(args.frames, video, index) for index in wanted[video]]
-        done, groups = known.texts.get(video, {}), {}
+        answers, groups = known.answers.get(video, {}), {}
         for index, path, leader in zip(wanted[video], paths, distinct_frames(paths, args.same_frame), strict=True):
-            if times[video][index] not in done:
+            if index in todo[video]:
                 groups.setdefault(leader, []).append((path, times[video][index]))
-        jobs += [Job(video, *group[0], [time for _, time in group[1:]]) for group in groups.values()]
+        for group in groups.values():
+            again = max(times_asked(answers.get(moment)) for _, moment in group)
+            jobs.append(Job(video, *group[0], [moment for _, moment in group[1:]], again))
     return jobs
+
+
+def times_asked(answer: Answer | None) -> int:
+    """How many answers a frame had; a request that failed is none, and is made again as it was."""
+    return 0 if answer is None else answer.again + (kind_of(answer.said) != "failed")
+
+
+def is_due(said: str | Failed, again: Sequence[str] | None) -> bool:
+    """Whether a frame that was asked before is asked again: without --again, where it has no sentence."""
+    return isinstance(said, Failed) if again is None else kind_of(said) in again
 
 
 # ---- captioning ----
 
 
 def caption_all(jobs: Sequence[Job], captioner: Captioner, journal: TextIO, maker: tuple[str, str], *,
-                batch_size: int, threads: int, shows: bool) -> int:
-    """Caption the jobs; each answer goes to the journal as it comes. Returns how many frames failed."""
-    failed = in_a_row = 0
+                batch_size: int, threads: int, shows: bool) -> Counter[str]:
+    """Caption the jobs; each answer goes to the journal as it comes. Returns how many of each kind ("": a sentence)."""
+    kinds, failures = Counter(), 0
     with tqdm(total=len(jobs), unit="frame", disable=not (shows and jobs), smoothing=0.05) as bar:
         for job, answer in answered(jobs, captioner, batch_size=batch_size, threads=threads):
-            failure = answer.why if isinstance(answer, Failed) else None
-            text = None if failure else answer
-            append(journal, maker, job.video, job.time, job.shared, text=text, why=failure)
+            append(journal, maker, job.video, job.time, job.shared, answer, job.again)
             bar.update()
-            in_a_row = in_a_row + 1 if failure else 0
-            failed += bool(failure)
-            if in_a_row == STOP_AFTER:
+            kinds[kind_of(answer)] += 1
+            failures = in_a_row(failures, answer)
+            if failures == STOP_AFTER:
                 raise InputError(
-                    f"{in_a_row} frames in a row got no sentence, the last one because: {failure}. "
+                    f"{failures} frames in a row got no sentence, the last one because: {answer.why}. "
                     "What is captioned is kept; once that is mended, the same command continues"
                 )
-    return failed
+    return kinds
 
 
 def answered(jobs: Sequence[Job], captioner: Captioner, *, batch_size: int,
@@ -197,8 +154,9 @@ def answered(jobs: Sequence[Job], captioner: Captioner, *, batch_size: int,
 
 
 def caption_batch(captioner: Captioner, batch: Sequence[Job]) -> list[str | Failed]:
-    """Read the frames of a batch and caption them."""
-    return captioner.caption([read_picture(job.path) for job in batch], [f"{job.video} {job.time}" for job in batch])
+    """Read the frames of a batch and caption them; asked again, a sampled frame has other random numbers."""
+    keys = [f"{job.video} {job.time}" + f" again {job.again}" * bool(job.again) for job in batch]
+    return captioner.caption([read_picture(job.path) for job in batch], keys)
 
 
 def read_picture(path: Path) -> bytes:
@@ -209,8 +167,7 @@ def read_picture(path: Path) -> bytes:
 
 def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:
     """Pairs of different pictures for check_sees: two frames of different videos, far from alike, then made ones."""
-    first_frames = {job.video: job.path for job in jobs}
-    paths = list(first_frames.values())
+    paths = list({job.video: job.path for job in jobs}.values())
     paths = [paths[index] for index in pick_frames(len(paths), 16)]
     if len(paths) > 1:
         seen = [thumbnail(path) for path in paths]
@@ -220,6 +177,14 @@ def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:
 
 
 # ---- the run ----
+
+
+def kinds(text: str) -> list[str]:
+    """A list for --again, such as refused,empty."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+    return names
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -254,7 +219,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=positive, default=16, help="frames at once; for a server: requests at once")
     group.add_argument("--shard", metavar="I/N", help="do part I of N; a Slurm array and torchrun are understood as is")
     group.add_argument("--merge", action="store_true", help="caption nothing; write OUT from what the shards have done")
+    group.add_argument("--again", type=kinds, metavar="KINDS",
+                       help="frames to ask about once more, by what they got: " +
+                            "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()) +
+                            "; such as refused,empty. If not given: every frame without a sentence")
     args = parser.parse_args(argv)
+    if args.merge and args.again:
+        parser.error("--again captions and --merge does not: run the shards with --again, then --merge")
     if bool(args.server) != bool(args.model):
         parser.error("--server and --model go together")
     if args.server and (args.captioner != DEFAULT_MODEL or args.dtype or args.load_4bit):
@@ -276,7 +247,9 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
             shard: Shard) -> tuple[str, str]:
     """Caption this shard's frames; returns the captioner and the prompt to record."""
     captioner = make_captioner(args)
-    maker = (f"{captioner.label} same_frame={args.same_frame:g}", captioner.prompt)
+    if args.server and (made := made_by(args.out)):
+        captioner.go_on(made[0])
+    maker = label(captioner, args)
     known = read_known(args.out, maker)
     check_times(args.out, known, times)
     with open_journal(args.out, shard) as journal:
@@ -284,18 +257,30 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
         shared = sum(len(job.shared) for job in jobs)
         mine = list(wanted)[shard.index :: shard.n]
         frames = sum(len(wanted[video]) for video in mine)
-        print(f"shard {shard.index + 1}/{shard.n}: {len(mine)} videos, {frames} frames; "
-              f"{frames - len(jobs) - shared} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
-              f"({shared / max(len(jobs) + shared, 1):.1%}); {maker[0]}, {args.batch_size} at once", flush=True)
+        told = sum(times[video][index] in texts for video in mine if (texts := known.texts(video))
+                   for index in wanted[video])
         if jobs:
             answers = check_sees(captioner, picture_pairs(jobs))
-            print(f"two different pictures, two answers: {answers[0][:60]!r}, {answers[1][:60]!r}", flush=True)
+            maker = label(captioner, args)  # the check may have changed a parameter
+            said = "two different pictures, two answers"
+            if any(map(is_refusal, answers)):
+                said = "the captioner refuses pictures that anybody may see; it will say so of every frame"
+            print(f"{said}: {answers[0][:60]!r}, {answers[1][:60]!r}", flush=True)
+        print(f"shard {shard.index + 1}/{shard.n}: {len(mine)} videos, {frames} frames; "
+              f"{told} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
+              f"({shared / max(len(jobs) + shared, 1):.1%}); {maker[0]}, {args.batch_size} at once", flush=True)
         start = time.monotonic()
         size, threads = (1, args.batch_size) if args.server else (args.batch_size, 1)
-        failed = caption_all(jobs, captioner, journal, maker, batch_size=size, threads=threads, shows=shard.shows)
+        found = caption_all(jobs, captioner, journal, maker, batch_size=size, threads=threads, shows=shard.shows)
     seconds = time.monotonic() - start
-    print(f"{len(jobs)} frames in {seconds:.1f} s, {len(jobs) / max(seconds, 1e-9):.2f} a second; {failed} failed")
+    counts = ", ".join(f"{found[kind]} {kind}" for kind in KINDS)
+    print(f"{len(jobs)} frames in {seconds:.1f} s, {len(jobs) / max(seconds, 1e-9):.2f} a second; {counts}")
     return maker
+
+
+def label(captioner: Captioner, args: argparse.Namespace) -> tuple[str, str]:
+    """(captioner, prompt) as every sentence records them."""
+    return f"{captioner.label} same_frame={args.same_frame:g}", captioner.prompt
 
 
 def finish(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: Mapping[str, list[int]],
@@ -305,7 +290,7 @@ def finish(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: M
     check_times(args.out, known, times)
     missing, awaited = 0, set()
     for position, (video, indices) in enumerate(wanted.items()):
-        settled = {*known.texts.get(video, ()), *known.failed.get(video, ())}
+        settled = known.answers.get(video, ())
         if gaps := sum(times[video][index] not in settled for index in indices):
             missing += gaps
             awaited.add(position % shard.n + 1)
@@ -318,12 +303,25 @@ def finish(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: M
         print(f"shard {shard.index + 1}/{shard.n} done; waiting for shards {numbers}; the last to end writes OUT; if "
               "none has, run this with --merge when all have ended")
         return
-    failed = write_out(args.out, known, times)
-    print(f"{args.out}: {len(known.texts)} videos, {sum(map(len, known.texts.values()))} sentences")
-    if failed:
-        print(f"{failed} frames have none, {failed_file(args.out)} says why; the next run tries them again")
-    if not known.texts:
+    counts = write_out(args.out, known, times)
+    texts = [known.texts(video) for video in known.answers]
+    print(f"{args.out}: {sum(map(bool, texts))} videos, {sum(map(len, texts))} sentences")
+    report(counts, failed_file(args.out))
+    if not any(texts):
         raise InputError(f"not one frame got a sentence; {failed_file(args.out)} says why")
+
+
+def report(counts: Counter[tuple[str, bool]], listed: Path) -> None:
+    """Say how many answers are no whole sentence, what OUT has in their place and how they are asked for again."""
+    holes = {kind: counts[kind, False] for kind in KINDS if counts[kind, False]}
+    if holes:
+        these = ", ".join(f"{n} {kind}" for kind, n in holes.items())
+        print(f"{sum(holes.values())} frames have none ({these}), {listed} says why; the next run tries them again")
+    if refused := counts["refused", True]:
+        print(f"{refused} sentences are refusals, which {listed} lists: --again refused asks once more, "
+              "`python -m narvid.narration check --drop refused` leaves them out")
+    if cut := counts["cut", True]:
+        print(f"{cut} sentences end where the token limit cut them (--max_new_tokens), as {listed} lists")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from narvid import InputError
-from narvid.narration.captioners import LocalCaptioner, ServerCaptioner
+from narvid.narration.captioners import LocalCaptioner
+from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, count, number, positive, positive_float
 from narvid.search.store import Store
 

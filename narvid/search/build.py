@@ -85,7 +85,7 @@ def update(
     settings |= {**narrator.settings, **embedder.settings}
     if narrator.is_silent and embedder.frames_alone:
         print(embedder.frames_alone)
-    with open_index(Path(index), settings, embedder) as store:
+    with open_index(Path(index), settings, narrator, embedder) as store:
         known = {file.path: file for file in store.files()}
         for path in (gone := known.keys() - found):
             store.remove_file(path)
@@ -100,13 +100,16 @@ def update(
         return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count())
 
 
-def open_index(index: Path, settings: dict, embedder: Embedder) -> Store:
+def open_index(index: Path, settings: dict, narrator: Narrator, embedder: Embedder) -> Store:
     """The index, open for writing, new where there is none; InputError where it was made with other settings."""
     if not os.path.exists(index / NAME):
         return Store(index, create=settings)
     store = Store(index)
     try:
         stored = store.settings
+        if store.count() or stored.get("captioner") != settings["captioner"]:
+            narrator.go_on(stored.get("captioner"))
+            settings = {**settings, **narrator.settings}
         for name in OURS:
             if stored.get(name) != settings[name]:
                 raise InputError(
@@ -157,6 +160,8 @@ def index_files(
             windows = windows_of(clip, settings["window"], settings["fps"], embedder.max_frames)
             picked = sorted({number for _, _, picks in windows for number in picks})
             sentences, note = narrator.tell(path, clip, picked)
+            if narrator.settings["captioner"] != store.settings["captioner"]:  # the server refused a parameter
+                store.update_settings(**narrator.settings)
             features, pooled = encode(clip, windows, None if narrator.is_silent else sentences, embedder)
             frames = [(*frame, sentences.get(n)) for n, frame in enumerate(zip(clip.times, clip.jpegs, strict=True))]
             note = "; ".join(filter(None, (clip.note, note)))

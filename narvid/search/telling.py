@@ -1,7 +1,8 @@
 """The sentences of a video's picked frames: from a captioner, from a ready narration file, or none.
 
-Here: which frames are captioned, what happens to those without a sentence. Not here: models and servers
-(narvid/narration/captioners.py), the file's form and the join by time (narvid/data/narrations.py), features (build.py).
+Here: which frames are captioned, what happens to those without a sentence. Not here: models and servers, what an answer
+is worth, which frames are nearly alike (narvid/narration), the file's form and the join by time
+(narvid/data/narrations.py), features (build.py).
 """
 
 import hashlib
@@ -11,10 +12,12 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from narvid import InputError
-from narvid.narration.captioners import Captioner, Failed, ServerCaptioner, check_sees, made_pictures
-from narvid.narration.narrate import SAME_FRAME, STOP_AFTER, distinct_frames
 from narvid.data.narrations import join, load_narrations, to_line
 from narvid.data.videos import Clip
+from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, kind_of
+from narvid.narration.captioners import Captioner
+from narvid.narration.chat_server import ServerCaptioner
+from narvid.narration.pictures import SAME_FRAME, check_sees, distinct_frames, made_pictures
 
 AT_ONCE = 16  # pictures in a batch, or requests to a server
 UNTOLD = "without a sentence"  # in a file's note; --retry looks for it
@@ -23,8 +26,8 @@ UNTOLD = "without a sentence"  # in a file's note; --retry looks for it
 class Narrator:
     """Sentences for frames, from one of two sources or from neither.
 
-    captioner: of narvid.narration.captioners. narrations: a narration file, keyed by video id = file name without
-    folder and suffix. settings: what of this an index records.
+    captioner: of narvid/narration. narrations: a narration file, keyed by video id = file name without folder and
+    suffix.
     """
 
     def __init__(self, captioner: Captioner | None, narrations: str | Path | None):
@@ -33,13 +36,19 @@ class Narrator:
         self.captioner, self.path = captioner, narrations
         self.is_silent = captioner is None and narrations is None
         self._of_video = load_narrations(narrations) if narrations is not None else {}
-        self._checked, self._failed_in_a_row = False, 0
-        self.settings = {"captioner": None, "prompt": ""}
-        if narrations is not None:
-            self.settings["captioner"] = "narration file"
-        if captioner is not None:
-            label = f"{captioner.label} same_frame={SAME_FRAME:g}"
-            self.settings = {"captioner": label, "prompt": captioner.prompt}
+        self._checked, self._failures = False, 0
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """What of this an index records; the first picture may change a server's (ServerCaptioner)."""
+        if self.captioner is not None:
+            return {"captioner": f"{self.captioner.label} same_frame={SAME_FRAME:g}", "prompt": self.captioner.prompt}
+        return {"captioner": None if self.is_silent else "narration file", "prompt": ""}
+
+    def go_on(self, label: str | None) -> None:
+        """Caption as an index was captioned that records this label."""
+        if label is not None and isinstance(self.captioner, ServerCaptioner):
+            self.captioner.go_on(label)
 
     def check(self, paths: Iterable[str]) -> None:
         """InputError where the narration file fits none of these videos, or one id of it two of them."""
@@ -74,7 +83,7 @@ class Narrator:
         return dict(zip(numbers, sentences, strict=True)), "" if self.is_silent else _note(sentences)
 
     def _caption(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
-        """Near-identical neighbours share a sentence, as when a narration file is made."""
+        """Near-identical neighbours share a sentence, as when a narration file is made; an apology is none here."""
         if not self._checked:
             pairs = [made_pictures(), [clip.jpegs[numbers[0]], clip.jpegs[numbers[-1]]]]
             check_sees(self.captioner, pairs)
@@ -100,14 +109,13 @@ class Narrator:
             for batch in pool.map(ask, range(0, len(numbers), size)):
                 answers += batch
         for answer in answers:
-            failed = isinstance(answer, Failed)
-            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-            if self._failed_in_a_row == STOP_AFTER:
+            self._failures = in_a_row(self._failures, answer)
+            if self._failures == STOP_AFTER:
                 raise InputError(
                     f"{STOP_AFTER} frames in a row got no sentence, the last one because: {answer.why}. The files "
                     "before this one are indexed; once that is mended, the same command continues"
                 )
-        return answers
+        return [Failed(KINDS["refused"], "refused") if kind_of(answer) == "refused" else answer for answer in answers]
 
 
 def _note(sentences: Sequence[str | None], why: str = "") -> str:

@@ -85,7 +85,7 @@ def test_one_frame_or_one_sentence_has_no_rate():
     assert joined(narrate([]), SECONDS) == [None] * 12
 
 
-@pytest.mark.parametrize("spacing", [0.7, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("spacing", [0.7, 1.25, 1.5, 1.75, 2.5])
 def test_another_frame_rate_is_refused_with_both_spacings(spacing):
     narration = narrate([spacing * k for k in range(round(12 / spacing))])
     with pytest.raises(InputError, match="n.jsonl: video7: narration of another frame rate") as refused:

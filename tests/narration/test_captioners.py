@@ -19,7 +19,9 @@ from test_narrate import make_frames, sentences
 from narvid import InputError
 from narvid.narration import captioners
 from narvid.narration import __main__ as narration
-from narvid.narration.captioners import Failed, LocalCaptioner, check_sees, made_pictures
+from narvid.narration.answers import Failed
+from narvid.narration.captioners import LocalCaptioner
+from narvid.narration.pictures import check_sees, made_pictures
 from narvid.data.narrations import load_narrations
 
 transformers = pytest.importorskip("transformers")

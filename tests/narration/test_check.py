@@ -49,6 +49,7 @@ def test_the_validator_names_each_problem(faulty):
         "empty": ["video3"],
         "misaligned": ["video4"],
         "holes": ["video5"],
+        "refused": [],
         "unused": ["video9"],
         "truncated": [],
         "equal": [],

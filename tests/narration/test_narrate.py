@@ -24,8 +24,7 @@ from PIL import Image
 
 from narvid import InputError
 from narvid.narration import __main__ as narration
-from narvid.narration import journals
-from narvid.narration import narrate as narrate_module
+from narvid.narration import answers, journals, pictures
 from narvid.data.frames import frame_path, pick_frames
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 
@@ -85,19 +84,22 @@ def read_lines(path: Path) -> list[dict]:
 # ---- the server ----
 
 
-def chat(text) -> tuple[int, str, str]:
+def chat(text, finish="stop", **message) -> tuple[int, str, str]:
     answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text} | message}]}
     return 200, "application/json", json.dumps(answer)
 
 
 class Server:
-    """What it was asked, and `answer`: picture -> (status, type, body), to be replaced by a test."""
+    """What it was asked; to be replaced by a test: `answer`: picture -> (status, type, body), and `refuse`: request ->
+    the same, or None to answer."""
 
     def __init__(self):
         self.asked, self.bodies, self.starts = Counter(), [], []
         self.now = self.most = 0
         self.answer = lambda picture: chat(sentence_of(picture))
+        self.refuse = lambda body: None
+        self.headers, self.trickle = {"retry-after-ms": "1"}, 0.0  # trickle: seconds between two bytes of an answer
         self.lock = threading.Lock()
         server = self
 
@@ -122,15 +124,17 @@ class Server:
             self.starts.append(time.monotonic())
             self.now += 1
             self.most = max(self.most, self.now)
-        status, kind, text = self.answer(picture)
+        status, kind, text = self.refuse(body) or self.answer(picture)
         with self.lock:
             self.now -= 1
         try:
             request.send_response(status)
-            request.send_header("content-type", kind)
-            request.send_header("retry-after-ms", "1")
+            for name, value in {"content-type": kind, **self.headers}.items():
+                request.send_header(name, value)
             request.end_headers()
-            request.wfile.write(text.encode())
+            for part in text if self.trickle else [text]:
+                request.wfile.write(part.encode())
+                time.sleep(self.trickle)
         except OSError:
             pass  # the client gave up
 
@@ -268,7 +272,7 @@ def drifting(folder: Path, levels) -> list[Path]:
 ])
 def test_slow_drift_adds_up(tmp_path, threshold, expected):
     paths = drifting(tmp_path / "v", [50, 52, 54, 56, 58, 60, 62, 180, 180])
-    assert narrate_module.distinct_frames(paths, threshold) == expected
+    assert pictures.distinct_frames(paths, threshold) == expected
 
 
 def test_a_small_thing_that_moves_makes_another_frame(tmp_path):
@@ -278,9 +282,9 @@ def test_a_small_thing_that_moves_makes_another_frame(tmp_path):
         moved = picture.copy()
         moved.paste((250, 250, 250), (left, 100, left + 12, 112))
         moved.save(path, quality=95)
-    seen = [narrate_module.thumbnail(path) for path in paths]
+    seen = [pictures.thumbnail(path) for path in paths]
     assert np.abs(seen[0] - seen[1]).mean() < 2  # a mean would hardly notice
-    assert narrate_module.distinct_frames(paths, narrate_module.SAME_FRAME) == [0, 1]
+    assert pictures.distinct_frames(paths, pictures.SAME_FRAME) == [0, 1]
 
 
 def test_frames_that_share_are_asked_once_and_told_each(tmp_path, server, capsys):
@@ -441,7 +445,7 @@ def test_a_server_that_dies_half_way_stops_the_run_and_costs_nothing(frames, tmp
 
     server.answer = dying
     message = error(frames, out, server, "--batch_size", 1)
-    assert f"{narrate_module.STOP_AFTER} frames in a row got no sentence" in message and "502" in message
+    assert f"{answers.STOP_AFTER} frames in a row got no sentence" in message and "502" in message
     assert not out.exists()
     kept = [entry for entry in read_lines(tmp_path / "n.jsonl.parts" / "1-of-1.jsonl") if "text" in entry]
     assert len(kept) == 6  # two were the check
@@ -535,14 +539,14 @@ def edit(path: Path, number: int, change) -> None:
 def test_two_sentences_for_a_frame_are_refused(frames, copy, server):
     edit(copy, 1, lambda line: line["sentences"][3].update(text="something else"))
     message = error(frames, copy, server)
-    assert "video b: b has another sentence at 3.003 s than in" in message and "1-of-1.jsonl, line" in message
+    assert "video b: b has another sentence at 3.003 s than in" in message and "1-of-1.jsonl:" in message
 
 
 def test_a_damaged_line_is_named(frames, copy, server):
     journal = copy.with_name("n.jsonl.parts") / "1-of-1.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join([*lines[:4], lines[4][:30] + "\n", *lines[5:]]))
-    assert "1-of-1.jsonl, line 5 is damaged; delete that line" in error(frames, copy, server)
+    assert "1-of-1.jsonl:5: malformed JSON" in error(frames, copy, server)
 
 
 def test_frames_extracted_anew_are_not_mixed_with_old_sentences(frames, copy, server, tmp_path):
@@ -557,7 +561,7 @@ def test_frames_extracted_anew_are_not_mixed_with_old_sentences(frames, copy, se
     (["--load_4bit"], "do not go with --server"),
     (["--shard", "3/2"], "expected i/n"),
     (["--api_key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
-    (["--list", "no_such.jsonl"], "no_such.jsonl cannot be read"),
+    (["--list", "no_such.jsonl"], "no_such.jsonl: cannot be read"),
     (["--batch_size", "0"], "above 0"),
 ])
 def test_flags_that_do_not_fit(frames, tmp_path, server, more, what):

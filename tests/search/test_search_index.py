@@ -26,7 +26,8 @@ from test_frames import make_clip, on_screen
 from narvid.data import extraction as extract_frames
 from narvid import InputError
 from narvid.methods import METHODS
-from narvid.narration.captioners import Failed, ServerCaptioner
+from narvid.narration.answers import Failed
+from narvid.narration.chat_server import ServerCaptioner
 from narvid.data.frames import pick_frames, read_frames
 from narvid.data.videos import read_video
 from narvid.search import build, engine
