@@ -557,3 +557,9 @@ def test_what_a_method_answers_is_enough_for_a_search(form, corpus, measured, tm
     picture = io.BytesIO()
     Image.fromarray(pictures(split)[0][0].permute(1, 2, 0).numpy()).save(picture, "PNG")
     assert len(Engine(store, found).like_picture(picture.getvalue(), top=20)) == len(split.videos)
+
+    mute = Embedder(retriever, narration=False)
+    videos = mute.unpack(mute.pack(mute.videos(pictures(split))))
+    for queries in (mute.queries(QUERIES), mute.like(videos)):
+        assert list(mute.score(queries, videos)) == ["video"] and not mute.told(videos).any()
+    assert mute.pool_videos(videos).shape[1] % mute.settings["dim"] == 0
