@@ -285,7 +285,7 @@ def test_compressing_killed_and_run_again_is_one_run(tmp_path):
     os.link(clip, videos / "3.mp4")
     shown = subprocess.run([*command, out], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "5 videos, 35 frames" in shown.stdout and "(2 videos new)" in shown.stdout
-    assert "videos/s" in shown.stderr and " left" in shown.stderr
+    assert shown.stderr == ""  # short work draws no bar in a log file (narvid/progress.py)
     extract(videos, tmp_path / "at_once", "--compress")
     assert tree(out) == tree(tmp_path / "at_once")
 
