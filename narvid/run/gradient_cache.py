@@ -21,14 +21,16 @@ def backward_in_parts(encode: Callable, loss_of: Callable, batch: Batch, size: i
     """Adds the gradient of loss_of(*encode(batch)) to the parameters, encoding `size` pairs at a time, each twice.
 
     1. Encode all without a graph. 2. The loss's gradient with respect to the features. 3. Encode part by part again and
-    go on backward from there. Dropout is the same in 1 and 3; its noise is another than that of the whole batch.
+    go on backward from there. Dropout is the same in 1 and 3: each part has a seed, drawn from the generator where it
+    stands, so that two parts, of this call or of another, never share their noise.
     encode(Batch) -> queries, videos (NamedTuples of rows) and logit scale; loss_of takes these three. no_sync(): DDP's,
     a context without reduction over ranks; `reduce` ends with one reduction.
     """
-    parts, seed = batch.split(size), torch.initial_seed()
+    parts = batch.split(size)
+    seeds = torch.randint(2 ** 63 - 1, (len(parts),)).tolist()
 
     def encode_part(k: int) -> tuple:
-        torch.manual_seed((seed + k) % 2 ** 63)
+        torch.manual_seed(seeds[k])
         return encode(parts[k])
 
     def leaf(column: tuple) -> Tensor | None:
