@@ -19,9 +19,8 @@ from torch import Tensor
 from narvid.model import Queries, Videos
 
 
-def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
-          temperature: float = 0.1, fidelity: str = "reported", fine: bool = True,
-          block: int | None = None) -> dict[str, Tensor]:
+def match(queries: Queries, videos: Videos, *, fine: bool = True, block: int | None = None,
+          **filter_options) -> dict[str, Tensor]:
     """S_qv and S_qn of every query with every video (Sec. 3.5): the mean of the coarse and the fine score.
 
     queries, videos: as the model returns them; any B and V. Returns {"video": (B, V), "narration": (B, V)}, without
@@ -29,9 +28,8 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
     queries.word_weights may be None). Pairs are scored in tiles, queries of like length together and cut to their
     longest, so that memory is bounded; `block` makes a tile block x block pairs, None chooses. The tiles do not change
     the result. Under autocast the products of the fine score, nearly all of the work, are in half precision; the filter
-    stays in float64. The filter's arguments are those of `filter_weights`.
+    stays in float64. filter_options: the keyword arguments of `filter_weights`, with its defaults.
     """
-    options = {"method": method, "p": p, "k": k, "temperature": temperature, "fidelity": fidelity}
     views, dtype = views_of(videos), videos.frames.dtype
     places = torch.arange(1, queries.word_mask.shape[1] + 1, device=queries.word_mask.device)
     lengths, order = (queries.word_mask * places).amax(dim=1).sort(stable=True)  # (B,) place of the last real word
@@ -48,22 +46,20 @@ def match(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float
         for name, (features, mask) in views.items():
             view = _View.of(features[columns], mask[columns])
             for rows, tile in tiles:
-                scores[name][rows, columns] = _score(tile, view, **options).T
+                scores[name][rows, columns] = _score(tile, view, **filter_options).T
     return scores
 
 
-def kept(queries: Queries, videos: Videos, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
-         temperature: float = 0.1, fidelity: str = "reported") -> dict[str, Tensor]:
+def kept(queries: Queries, videos: Videos, **filter_options) -> dict[str, Tensor]:
     """The weights with which each query looks at frames and sentences: what `match` uses, to be shown or counted.
 
     Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
-    None. The filter's arguments are those of `filter_weights`.
+    None. filter_options: the keyword arguments of `filter_weights`, with its defaults.
     """
     eos, weights = F.normalize(queries.eos.double(), dim=-1), {}
     for name, (features, mask) in views_of(videos).items():
         cosine = torch.einsum("bd,vkd->bvk", eos, F.normalize(features.double(), dim=-1))
-        weights[name] = filter_weights(cosine, mask, method=method, p=p, k=k, temperature=temperature,
-                                       fidelity=fidelity)
+        weights[name] = filter_weights(cosine, mask, **filter_options)
     return weights
 
 
@@ -93,8 +89,8 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
 # ------------------------------------------------------------------------------------------------------- the filter
 
 
-def _filter(cosine: Tensor, mask: Tensor, *, method: str, p: float, k: int | None, temperature: float,
-            fidelity: str) -> Tensor:
+def _filter(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
+            temperature: float = 0.1, fidelity: str = "reported") -> Tensor:
     """`filter_weights` of cosine (V, K, B) in float64 -> (V, K, B).
 
     The border of the nucleus is a discontinuity: in float64 no layout of the sums moves a frame over it.
@@ -221,7 +217,7 @@ class _View(NamedTuple):
         return cls(mask, F.normalize(features, dim=-1), unit64, unit64 @ unit64.transpose(1, 2))
 
 
-def _score(queries: _QueryTile, view: _View, *, fidelity: str, **filter_options) -> Tensor:
+def _score(queries: _QueryTile, view: _View, *, fidelity: str = "reported", **filter_options) -> Tensor:
     """Every query with every video of one view -> (V, B)."""
     cosine = view.unit64 @ queries.eos  # (V, K, B)
     weights = _filter(cosine, view.mask, fidelity=fidelity, **filter_options)
