@@ -6,7 +6,6 @@ Where everything is float64 and nothing is random, "equal" means to 1e-9; the re
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +77,7 @@ def alone(corpus, weights, tmp_path_factory):
         step = write_step(argv, folder / name, distributed.World(0, 1, torch.device("cpu")))
         steps[name] = argv, torch.load(folder / f"{name}.0")
         before = folder / f"{name}.pt"  # after a step at rate 0
-        torch.save({"model": step.model.float().state_dict(), "clip_config": asdict(step.model.clip.config),
-                    "args": vars(step.args)}, before)
+        tiny.save_start(step, before)
     return steps
 
 

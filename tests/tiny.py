@@ -155,6 +155,12 @@ def first_step(argv: list[str], rank: int = 0, world_size: int = 1) -> FirstStep
     return FirstStep(args, split, model, batches)
 
 
+def save_start(step: FirstStep, path: Path) -> None:
+    """The model as a checkpoint to go on from, in fp32."""
+    state = {name: x.float() if x.is_floating_point() else x for name, x in step.model.state_dict().items()}
+    torch.save({"model": state, "clip_config": asdict(step.model.clip.config), "args": vars(step.args)}, path)
+
+
 def take_step(step: FirstStep, model: nn.Module, world: World) -> dict[str, float]:
     """The trainer's own step at rate 0 -> its loss parts; the gradients, unclipped, stay in the model."""
     step.args.max_grad_norm = 1e9
