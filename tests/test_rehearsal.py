@@ -168,7 +168,7 @@ def told(corpus, weights, tmp_path_factory):
         tiny.start(tell, folder / "others", others, log=folder / "others.log"),
         tiny.start(search_and_narrate, folder / "search", folder, folder / "best.pt", log=folder / "search.log"),
         *tiny.start_ranks(2, train_ranks, folder / "ranks", pairs, log=folder / "ranks.log")]
-    codes = [tiny.wait(process, timeout=300) for process in processes]
+    codes = [tiny.wait(process, timeout=500) for process in processes]
     assert codes == [0] * len(codes), "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log*"))
     processes = ("methods", "others", "search", "ranks0", "ranks1")
     return {name: json.loads((folder / name).read_text()) for name in processes} | {
