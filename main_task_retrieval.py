@@ -25,6 +25,7 @@ from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader
 from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, show_kept,
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
+from narvid.model import TemporalBlock
 from narvid.profiling import Profile, all_reduce, stage
 from narvid.progress import tqdm
 from narvid.run import optim
@@ -239,6 +240,10 @@ def resume(run: RunDir, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     fresh = {"epoch": 0, "step": 0, "global_step": 0, "best": -1.0, "results": []}
     if state is None:
         return fresh
+    if (state["clip_config"].get("temporal_quick_gelu", True) != model.clip.config.temporal_quick_gelu
+            and any(isinstance(module, TemporalBlock) for module in model.modules())):
+        raise InputError(f"{run.path}: was started by an earlier version, whose temporal blocks ran with QuickGELU; "
+                         f"start a new run with --checkpoint {run.path / 'last.pt'}, which keeps it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])

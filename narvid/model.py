@@ -110,10 +110,12 @@ class CoAttention(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Pre-LN transformer block with QuickGELU; names as in CLIP, so that its text blocks load into it."""
+    """Pre-LN transformer block, QuickGELU unless it started from a text block; names as in CLIP, whose blocks it takes.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
+        self.quick_gelu = True
         self.ln_1 = nn.LayerNorm(dim, eps=1e-12)  # the family's eps: 1e-5 moves released checkpoints' logits
         self.attn = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
         self.ln_2 = nn.LayerNorm(dim, eps=1e-12)
@@ -124,7 +126,12 @@ class TemporalBlock(nn.Module):
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, key_padding_mask=padding, need_weights=False)[0]
         h = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+
+    def start_from(self, clip: nn.Module, layer: int) -> None:
+        """Copy CLIP's text block of that number, and its activation: the weights are made for it."""
+        self.load_state_dict(clip.transformer.resblocks[layer].state_dict())
+        self.quick_gelu = clip.config.temporal_quick_gelu
 
 
 class TemporalEncoder(nn.Module):
@@ -151,8 +158,8 @@ class TemporalEncoder(nn.Module):
         with torch.no_grad():
             n = min(len(self.positions), len(clip.positional_embedding))
             self.positions[:n] = clip.positional_embedding[:n]
-        for block, text_block in zip(self.blocks, clip.transformer.resblocks):
-            block.load_state_dict(text_block.state_dict())
+        for layer, block in enumerate(self.blocks[:len(clip.transformer.resblocks)]):
+            block.start_from(clip, layer)
         return True
 
 

@@ -42,6 +42,9 @@ class ClipConfig:
     quick_gelu: bool = False
     mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
     std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    # Of the heads' blocks that start from text blocks. The towers' own, but checkpoints from before this field lack it:
+    # their blocks ran with QuickGELU over any towers, and go on so.
+    temporal_quick_gelu: bool = True
 
     @property
     def image_size(self) -> int:
@@ -90,7 +93,7 @@ def load_clip(name: str, pretrained: str | None = None, quick_gelu: bool | None 
                          f"drop --{'' if quick_gelu else 'no-'}quick_gelu")
     chosen = next((x for x in (quick_gelu, needs_quick_gelu) if x is not None), architecture.get("quick_gelu", False))
     sizes = (architecture["embed_dim"], architecture["vision_cfg"], architecture["text_cfg"])
-    config = ClipConfig(*sizes, chosen, mean, std)
+    config = ClipConfig(*sizes, chosen, mean, std, temporal_quick_gelu=chosen)
     towers = build_towers(config, half=half)
     if state is not None:
         load_weights(towers, state, source=pretrained)
@@ -124,7 +127,7 @@ def build_towers(config: ClipConfig, *, half: bool = False) -> CLIP:
     `half` builds LayerNorms that compute in fp32 between fp16 weights (see optim.to_half).
     """
     settings = asdict(config)
-    mean, std = settings.pop("mean"), settings.pop("std")
+    mean, std, _ = (settings.pop(name) for name in ("mean", "std", "temporal_quick_gelu"))
     towers = CLIP(**settings, cast_dtype=torch.float16 if half else None)
     plain = (isinstance(towers.visual, VisionTransformer) and towers.attn_mask is not None
              and towers.text_pool_type == "argmax" and isinstance(towers.text_projection, torch.nn.Parameter))

@@ -430,10 +430,12 @@ def test_temporal_encoders_are_left_alone_where_widths_differ():
     assert all(torch.equal(value, before[name]) for name, value in heads.state_dict().items())
 
 
-def test_a_started_block_computes_what_the_text_towers_block_does():
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_a_started_block_computes_what_the_text_towers_block_does(quick_gelu):
     """Same weights, same activation: without a mask and with CLIP's LayerNorm eps the two agree."""
     text = {"context_length": 20, "vocab_size": 600, "width": 64, "heads": 1, "layers": 2}
-    towers, heads = towers_with_life(text_cfg=text), Heads(NarVidConfig(64, temporal_layers=2))
+    towers = towers_with_life(text_cfg=text, quick_gelu=quick_gelu, temporal_quick_gelu=quick_gelu)
+    heads = Heads(NarVidConfig(64, temporal_layers=2))
     heads.start_from_text_tower(towers)
     x, no_padding = torch.randn(3, 5, 64), torch.zeros(3, 5, dtype=torch.bool)
     with torch.no_grad():

@@ -181,16 +181,16 @@ class CLIP2Video(Method, nn.Module):
 
     def _start_from_text_tower(self) -> None:
         """Positions, types and blocks from CLIP's text tower, where the widths are alike."""
-        positions, blocks = self.clip.positional_embedding, self.clip.transformer.resblocks
+        positions = self.clip.positional_embedding
         if positions.shape[1] != self.positions.shape[1]:
             return
         with torch.no_grad():
             count = min(len(positions), len(self.positions))
             self.positions[:count] = positions[:count]
             self.types[:] = positions[:2]
-        for block, text_block in [*zip(self.temporal_blocks, blocks), (self.difference_block, blocks[0]),
-                                  (self.alignment_block, blocks[0])]:
-            block.load_state_dict(text_block.state_dict())
+        blocks = self.temporal_blocks[:len(self.clip.transformer.resblocks)]
+        for layer, block in [*enumerate(blocks), (0, self.difference_block), (0, self.alignment_block)]:
+            block.start_from(self.clip, layer)
 
 
 def _no_key(seen: Tensor) -> Tensor:

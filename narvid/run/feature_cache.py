@@ -92,7 +92,8 @@ def _made_of(towers: nn.Module, encoding: Encoding, world: World) -> dict:
     blank = torch.zeros(1, 3, encoding.image_size, encoding.image_size, dtype=torch.uint8, device=world.device)
     with encoding.autocast():
         feature = encode_frames(towers, blank)  # (1, D)
-    return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": asdict(towers.config),
+    config = {name: value for name, value in asdict(towers.config).items() if name != "temporal_quick_gelu"}
+    return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": config,
             "max_words": encoding.max_words, "dim": feature.shape[1], "dtype": str(feature.dtype).split(".")[1]}
 
 
