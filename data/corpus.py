@@ -6,21 +6,21 @@ The scripts run as `python data/prepare_<corpus>.py`, so they import this file b
 """
 
 import argparse
-import csv
-import io
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 try:
-    from narvid import InputError
+    from narvid import InputError, files
 except ModuleNotFoundError:  # not installed: run from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from narvid import InputError
+    from narvid import InputError, files
+from narvid.data.frames import is_frame
+from narvid.parsing import fault_of
 
 SPLITS = ("train", "val", "test")
+AGAIN = "download it again, data/README.md says where"
 VIDEO_EXTENSIONS = {
     ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
     ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
@@ -81,42 +81,15 @@ def first_file(annotations: Path, *names: str) -> Path:
     raise InputError(f"{annotations}: no {' and no '.join(names)} is there; see data/README.md for the files needed")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The whole file; InputError where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); see data/README.md for the files needed"
-        ) from None
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file without its byte order mark, line ends as they stand."""
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; download it again") from None
-
-
 def read_json(path: Path) -> object:
-    """A JSON file; InputError names the line where it is malformed, and a key that stands twice in one object."""
-
-    def unique(items: list[tuple[str, object]]) -> dict[str, object]:
-        distinct([key for key, _ in items], path)
-        return dict(items)
-
-    try:
-        return json.loads(read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}, column {error.colno}"
-        raise InputError(f"{place}: malformed JSON ({error.msg}); download it again") from None
+    """An official JSON file."""
+    return files.read_json(path, advice=AGAIN)
 
 
 def read_ids(path: Path) -> list[str]:
     """A list of ids, one a line, without a header. An id that stands there twice and an empty list are InputErrors."""
     line_of: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_lines(path, advice=AGAIN), 1):
         video = line.strip()
         if video in line_of:
             raise InputError(f"{path}:{number}: {video} is listed twice (first in line {line_of[video]}); remove one")
@@ -130,19 +103,12 @@ def read_ids(path: Path) -> list[str]:
 def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """The named columns of a csv list with a header, one line a video, values without surrounding white space.
 
-    The first column is the video's id. A missing column, a line with more or fewer fields than the header, an empty
-    value and an id that stands there twice are InputErrors.
+    The first column is the video's id. An empty value and an id that stands there twice are InputErrors, and what
+    files.read_csv refuses.
     """
-    header, lines = _read_csv(path)
-    if absent := [column for column in columns if column not in header]:
-        raise InputError(
-            f"{path}:1: no column {absent[0]!r} in the header {','.join(header)!r}; is this the right file?"
-        )
     rows, line_of = [], {}
-    for number, line in lines:
+    for number, line in files.read_csv(path, columns, advice=AGAIN):
         where = f"{path}:{number}"
-        if None in line or None in line.values():
-            raise InputError(f"{where}: the line does not have the header's {len(header)} fields; correct the line")
         values = [line[column].strip() for column in columns]
         if "" in values:
             raise InputError(f"{where}: {columns[values.index('')]} is empty; correct the line")
@@ -151,15 +117,6 @@ def read_list(path: Path, columns: Sequence[str]) -> list[list[str]]:
         rows.append(values)
         line_of[values[0]] = number
     return rows
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, line) for line in reader]
-        return list(reader.fieldnames or []), lines
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num + 1}: malformed csv ({error}); correct the line") from None
 
 
 # ---- checking ----
@@ -179,6 +136,8 @@ def sentence(text: object, where: str) -> str:
     """A caption without surrounding white space; InputError where it is no text or empty."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: the caption is {'empty' if isinstance(text, str) else 'no text'}; correct it")
+    if fault := fault_of(text):  # of a pickle; JSON was looked at
+        raise InputError(f"{where}: {fault}; correct it")
     return text.strip()
 
 
@@ -216,6 +175,8 @@ def check(splits: Mapping[str, Pairs], expected: Counts, *, allow_partial: bool)
                     f"{video} is in both {split_of[video]} and {name}; a test video must not be trained on"
                 )
     for name, pairs in splits.items():
+        if not pairs:
+            raise InputError(f"{name} has no video at all; get the complete files")
         if not all(map(_fits, count(pairs), expected[name])) and not allow_partial:
             raise InputError(
                 f"{name} has {count(pairs)[0]:,} videos and {count(pairs)[1]:,} queries, the protocol "
@@ -242,13 +203,13 @@ def drop_missing(
     present = _videos_in(folder)
     listed = dict.fromkeys(video for pairs in splits.values() for video, _ in pairs)
     missing = [video for video in listed if video not in present]
-    (out / "missing.txt").unlink(missing_ok=True)
+    files.remove(out / "missing.txt")
     if not missing:
         return dict(splits), []
     some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
     found = f"{len(missing):,} of {len(listed):,} videos are not in {folder} ({some})"
     if not allowed:
-        _write(out / "missing.txt", "".join(f"{video}\n" for video in missing))
+        files.write_text(out / "missing.txt", "".join(f"{video}\n" for video in missing))
         raise InputError(f"{found}; get those listed in {out / 'missing.txt'}, or pass --drop_missing")
     absent = set(missing)
     left = {name: [pair for pair in pairs if pair[0] not in absent] for name, pairs in splits.items()}
@@ -266,8 +227,8 @@ def _videos_in(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; --videos takes the folder of the video files or of their frames")
     present = set()
-    for parent, _, names in os.walk(folder, followlinks=True):
-        if any(name.endswith(".jpg") for name in names):
+    for parent, names in files.walk(folder):
+        if any(map(is_frame, names)):
             present.add(os.path.basename(parent))
         for name in names:
             path = Path(parent, name)
@@ -281,16 +242,13 @@ def _videos_in(folder: Path) -> set[str]:
 
 def write_corpus(out: Path, corpus: str, protocol: str, splits: Mapping[str, Pairs], missing: Sequence[str]) -> None:
     """Write the splits, remove those of another protocol, vouch for all of them with prepared.json, written last."""
-    texts = {
-        name: "".join(json.dumps({"video": video, "query": query}, ensure_ascii=False) + "\n" for video, query in pairs)
-        for name, pairs in splits.items()
-    }
-    (out / "prepared.json").unlink(missing_ok=True)
+    files.remove(out / "prepared.json")
     for name in SPLITS:
-        if name in texts:
-            _write(out / f"{name}.jsonl", texts[name])
+        if name in splits:
+            pairs = splits[name]
+            files.write_json_lines(out / f"{name}.jsonl", ({"video": video, "query": query} for video, query in pairs))
         else:
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
+            files.remove(out / f"{name}.jsonl")
     counts = {name: count(pairs) for name, pairs in splits.items()}
     prepared = {
         "corpus": corpus,
@@ -299,13 +257,5 @@ def write_corpus(out: Path, corpus: str, protocol: str, splits: Mapping[str, Pai
         "queries": {name: queries for name, (_, queries) in counts.items()},
         "missing": list(missing),
     }
-    _write(out / "prepared.json", json.dumps(prepared, indent=1, ensure_ascii=False) + "\n")
+    files.write_json(out / "prepared.json", prepared)
     print(f"wrote {', '.join(f'{name}.jsonl' for name in splits)} and prepared.json to {out}")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -6,7 +6,7 @@ python data/prepare_lsmdc.py --annotations DIR --out data/lsmdc
 from pathlib import Path
 
 import corpus
-from corpus import InputError
+from corpus import InputError, files
 
 FILES = {
     "train": "LSMDC16_annos_training.csv",
@@ -24,10 +24,10 @@ PROTOCOLS = {
 def read_csv(path: Path) -> corpus.Pairs:
     """(clip, sentence) of every line."""
     pairs = []
-    for number, line in enumerate(corpus.read_text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_lines(path, advice=corpus.AGAIN), 1):
         if not line.strip():
             continue
-        fields = line.rstrip("\r").split("\t")
+        fields = line.split("\t")
         if len(fields) != COLUMNS or not fields[0].strip():
             raise InputError(f"{path}:{number}: {len(fields)} fields, not {COLUMNS} with a clip id first; correct it")
         pairs.append((fields[0].strip(), corpus.sentence(fields[-1], f"{path}:{number}")))

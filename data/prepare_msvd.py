@@ -8,7 +8,7 @@ import pickle
 from pathlib import Path
 
 import corpus
-from corpus import InputError
+from corpus import InputError, files
 
 CAPTIONS = ("raw-captions.pkl", "captions_msvd.json")
 PROTOCOLS = {"standard": {"train": (1200, 48774), "val": (100, 4290), "test": (670, 27763)}}
@@ -18,7 +18,7 @@ class PlainUnpickler(pickle.Unpickler):
     """A pickle can name any function and call it; this reader refuses every name, so nothing is ever called."""
 
     def __init__(self, path: Path):
-        super().__init__(io.BytesIO(corpus.read_bytes(path)), encoding="utf-8")
+        super().__init__(io.BytesIO(files.read_bytes(path, advice=corpus.AGAIN)), encoding="utf-8")
         self.path = path
 
     def find_class(self, module: str, name: str) -> None:

@@ -112,17 +112,20 @@ def list_folder(folder: str | Path) -> list[str]:
         raise _unreadable(error, folder) from None
 
 
-def walk(folder: str | Path) -> Iterator[Path]:
-    """Every file below a folder, links followed, each real folder once; InputError where one may not be read."""
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, sorted names of its files) of this one and all below it but hidden ones, links followed.
+
+    Each real folder comes once, so a link back up is no loop; one that may not be read is an InputError.
+    """
     def stop(error: OSError):
         raise _unreadable(error, error.filename) from None
 
     seen = {os.path.realpath(folder)}
     list_folder(folder)  # os.walk takes a file, or nothing, for an empty folder
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
         folders[:] = [name for name in real if real[name] not in seen and not seen.add(real[name])]
-        yield from (Path(parent, name) for name in sorted(names))
+        yield parent, sorted(names)
 
 
 def _unreadable(error: OSError, folder: str | Path) -> InputError:
@@ -145,7 +148,7 @@ def writing(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(temporary, "xb") if binary else open(temporary, "x", encoding="utf-8", newline="")  # noqa: SIM115
     except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         with file:
             yield file
@@ -156,7 +159,7 @@ def writing(path: str | Path, *, binary: bool = False) -> Iterator[IO]:
         with suppress(OSError):
             os.unlink(temporary)
         if refusal := _refusal_in(error):
-            raise _unwritable(path, refusal) from error
+            raise unwritable(path, refusal) from error
         raise
 
 
@@ -182,7 +185,15 @@ def replace(temporary: str | Path, path: str | Path) -> None:
     try:
         os.replace(temporary, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, if it is there."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 @contextmanager
@@ -196,7 +207,7 @@ def appending(path: str | Path) -> Iterator[IO[str]]:
             yield file
     except OSError as error:
         if _refusal_in(error) or error.filename == os.fspath(path):
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         raise
 
 
@@ -222,7 +233,7 @@ def try_writing(folder: str | Path, size: int = 0) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     finally:
         with suppress(OSError, ValueError):
             os.unlink(temporary)
@@ -249,7 +260,8 @@ _REFUSALS = {
 }
 
 
-def _unwritable(path: str | Path, error: Exception) -> InputError:
+def unwritable(path: str | Path, error: Exception) -> InputError:
+    """What a disk said about writing `path`, as one sentence."""
     said = getattr(error, "strerror", None) or error
     what = _REFUSALS.get(getattr(error, "errno", None), f"{said}; name another place, or mend that")
     return InputError(f"{path}: cannot be written: {what}. What stood there before is as it was")
@@ -272,15 +284,16 @@ def lock(folder: str | Path, name: str = ".lock", *, wait: bool = False) -> IO[b
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "ab+", buffering=0)  # noqa: SIM115 (held until it is closed)
     except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         with file:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip() or "unknown"
-        raise InputError(f"{folder}: is being written by another process ({owner}); wait for it to end, or name "
-                         "another folder") from None
+        what = folder if name == ".lock" else folder / name
+        raise InputError(f"{what}: is being written by another process ({owner}); wait for it to end, or name another "
+                         "folder") from None
     except OSError:
         return file
     _held.add(file)

@@ -37,7 +37,7 @@ def parse_json(text: str, path: str | Path, *, line: int | None = None, advice: 
     """The value of a JSON text that was read of `path`; `line`: where it stands there, if it is one line of many."""
     try:
         value = _JSON.decode(text)
-        fault = _fault_of(value)
+        fault = fault_of(value)
         position = match.start() if fault in PLACES and (match := re.search(PLACES[fault], text)) else 0
     except json.JSONDecodeError as error:
         fault, position = f"malformed JSON ({error.msg}, column {error.colno})", error.pos
@@ -71,7 +71,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 _NOT_A_LETTER = re.compile("[\0\ud800-\udfff]")
 
 
-def _fault_of(value: object) -> str | None:
+def fault_of(value: object) -> str | None:
     """What is wrong with a value that JSON or YAML allows and no file of ours may hold; level by level, unlike repr."""
     level = [value]
     for _ in range(DEEPEST):
@@ -105,20 +105,24 @@ def parse_csv(text: str, path: str | Path, columns: Sequence[str], *,
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
-        rows += [(reader.line_num, row) for row in reader if row]
+        for row in reader:
+            if row:
+                rows.append((reader.line_num, row))
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num + 1}: malformed csv ({error}); {advice}") from None
-    if len(rows) < 2:
-        raise InputError(f"{path}: {'has no line below its header' if rows else 'is empty'}; {advice}")
-    header = rows[0][1]
+        begins = rows[-1][0] + 1 if rows else 1
+        raise InputError(f"{path}:{begins}: malformed csv ({error}); {advice}") from None
+    header = rows[0][1] if rows else []
     if absent := [column for column in columns if column not in header]:
-        raise InputError(f"{path}:1: no column {absent[0]!r} in the header {','.join(header)[:200]!r}; is this the "
-                         "right file?")
+        empty = "" if header else "is empty: "
+        raise InputError(f"{path}:1: {empty}no column {absent[0]!r} in the header {','.join(header)[:200]!r}; is this "
+                         "the right file?")
+    if len(rows) < 2:
+        raise InputError(f"{path}: has no line below its header; {advice}")
     if twice := [column for column in columns if header.count(column) > 1]:
         raise InputError(f"{path}:1: column {twice[0]!r} stands there twice; {advice}")
     for number, row in rows:
         if len(row) != len(header):
-            raise InputError(f"{path}:{number}: the line has {len(row)} fields and the header {len(header)}; {advice}")
+            raise InputError(f"{path}:{number}: the line does not have the header's {len(header)} fields; {advice}")
     return [(number, dict(zip(header, row))) for number, row in rows[1:]]
 
 
@@ -129,7 +133,7 @@ def parse_yaml(text: str, path: str | Path, *, advice: str = ADVICE) -> dict[str
     """YAML of one 'name: value' a line; without anchors and tags, which let a short file mean a huge one."""
     try:
         value = yaml.load(text, _PlainYaml)  # noqa: S506 (a SafeLoader)
-        fault = _fault_of(value)
+        fault = fault_of(value)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not YAML of one 'name: value' a line "

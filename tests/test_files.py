@@ -144,7 +144,8 @@ def test_yaml_values(tmp_path):
 def test_csv(tmp_path):
     path = written(tmp_path, '\ufeffa,b\r\n1,"two\nlines, \u2028"\r\n\r\n3,\n')
     assert files.read_csv(path, ["b"]) == [(3, {"a": "1", "b": "two\nlines, \u2028"}), (5, {"a": "3", "b": ""})]
-    for text, what in (("a,b\n", "no line below its header"), ("", "empty"), ("a,b\n1,2,3\n", "file:2: "),
+    for text, what in (("a,b\n", "no line below its header"), ("", "no column 'a' in the header"),
+                       ("a,b\n1,2,3\n", "file:2: "),
                        ("a,b\n1\n", "file:2: "), ("a,a\n1,2\n", "twice"), ("b\n1\n", "no column 'a'"),
                        ('a\n"1\n', "malformed csv"), ('a\n"1"2\n', "malformed csv"),
                        ("a\n" + "7" * 200_000, "field larger")):
@@ -169,15 +170,16 @@ def test_a_folder_that_may_not_be_read_is_not_empty(tmp_path, monkeypatch):
 
 def test_links_are_followed_and_a_real_folder_is_visited_once(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/loop").symlink_to(tmp_path)
+    (tmp_path / "a/b/loop").symlink_to(tmp_path / "a")
     (tmp_path / "a/self").symlink_to(tmp_path / "a")
     (tmp_path / "elsewhere").mkdir()
     for name in ("a/1", "a/b/2", "elsewhere/3"):
         (tmp_path / name).write_text("")
     (tmp_path / "a/b/out").symlink_to(tmp_path / "elsewhere")
-    found = list(files.walk(tmp_path / "a"))
-    assert sorted(path.name for path in found) == ["1", "2", "3"]
-    assert files.list_folder(tmp_path / "a") == ["1", "b", "self"]
+    (tmp_path / "a/.hidden").mkdir()
+    found = dict(files.walk(tmp_path / "a"))
+    assert found == {str(tmp_path / "a"): ["1"], str(tmp_path / "a/b"): ["2"], str(tmp_path / "a/b/out"): ["3"]}
+    assert files.list_folder(tmp_path / "a") == [".hidden", "1", "b", "self"]
 
 
 # ---- writing ----

@@ -9,7 +9,7 @@ sentence, U distinct sentences of a batch. Masks are bool, True = real.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,10 @@ from narvid import InputError
 from narvid.data.features import Features
 from narvid.data.frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from narvid.data.narrations import Narration, join
+from narvid.files import read_json, read_json_lines
 from narvid.progress import tqdm
+
+AGAIN = "prepare the annotations again (data/prepare_<corpus>.py)"
 
 
 class Split(NamedTuple):
@@ -96,7 +99,7 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
     frame. narrations None: the narration is not used.
     missing_narration: "error" or "skip-video" for videos without a single sentence. InputError for everything amiss.
     """
-    pairs = _read_pairs(Path(path))
+    pairs = read_pairs(Path(path))
     skipped: set[str] = set()
     picks, sentences, index = [], [], {}
     for number, video, _ in pairs:
@@ -104,14 +107,14 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
             continue
         times = frame_times.get(video)
         if times is None:
-            raise InputError(f"{path}, line {number}: video {video} has no frames in {frames_dir}; extract them "
+            raise InputError(f"{path}:{number}: video {video} has no frames in {frames_dir}; extract them "
                              "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
         picked = pick_frames(len(times), max_frames or len(times))
         if narrations is not None:
             told = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
             if not any(told):
                 if missing_narration == "error":
-                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}, line {number}); "
+                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}:{number}); "
                                      "narrate it, or leave such videos out with --missing_narration skip-video")
                 skipped.add(video)
                 continue
@@ -140,35 +143,29 @@ def _join(narrations: Mapping[str, Narration], video: str, times: list[float], p
 
 def read_queries(path: str | Path) -> list[str]:
     """The queries of a jsonl alone, without their videos."""
-    return [query for _, _, query in _read_pairs(Path(path))]
+    return [query for _, _, query in read_pairs(Path(path))]
 
 
 def _missing(prepared: Path) -> int:
-    return len(json.loads(prepared.read_text()).get("missing", [])) if prepared.exists() else 0
+    """How many videos the prepare script had to drop."""
+    if not os.path.lexists(prepared):
+        return 0
+    missing = read_json(prepared, dict, advice=AGAIN).get("missing", [])
+    if not isinstance(missing, list):
+        raise InputError(f'{prepared}: its "missing" is no list; {AGAIN}')
+    return len(missing)
 
 
-def _read_pairs(path: Path) -> list[tuple[int, str, str]]:
+def read_pairs(path: Path) -> list[tuple[int, str, str]]:
     """(line number, video, query) of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with data/prepare_<corpus>.py") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg}); prepare the annotations again") from error
+    for number, entry in read_json_lines(path, advice=AGAIN):
         for key in ("video", "query"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise InputError(f'{path}, line {number}: no "{key}"; a line is {{"video": id, "query": text}}')
+            if not isinstance(entry.get(key), str) or not entry[key].strip():
+                raise InputError(f'{path}:{number}: no "{key}"; a line is {{"video": id, "query": text}}')
         pairs.append((number, entry["video"], entry["query"]))
     if not pairs:
-        raise InputError(f"{path}: is empty; prepare the annotations again")
+        raise InputError(f"{path}: is empty; {AGAIN}")
     return pairs
 
 

@@ -6,9 +6,10 @@
 
 A video's id is its file name without the last extension; folders below DIR are searched too. A video that gives no
 frame is written to <out>/failed.jsonl with the reason and tried again by the next run; it never becomes a black frame.
-Stopped at any moment, the same command continues and ends with the same files.
+Stopped at any moment, the same command continues and ends with the same files. A second folder of videos adds to what
+is there; a video whose file was replaced (another size or time of change) is done again.
 Small videos have an index of their own, <out>/videos.jsonl, one line each: {"video", "frames", "bytes", "sampling":
-"3 fps", "short_side", "crf", "source": file, "note": what was amiss, if so}.
+"3 fps", "short_side", "crf", "source": file, "source_bytes", "source_mtime", "note": what was amiss, if so}.
 Here: which files, worker processes, what is done already. Not here: pixels and times (narvid/data/videos.py).
 """
 
@@ -27,11 +28,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from narvid import InputError
-from narvid.flags import Parser, positive, positive_float
-from narvid.data.frames import INDEX_NAME, frame_path, parse_index_line
+from narvid import InputError, files
+from narvid.data.frames import INDEX_NAME, frame_path, has_frames, is_frame, read_list
 from narvid.data.videos import QUALITY, SHORT_SIDE, compress_video, decode_video, start_worker
 from narvid.data.videos import SUFFIXES as EXTENSIONS
+from narvid.flags import Parser, positive, positive_float
+from narvid.parsing import fault_of, parse_json
 from narvid.progress import tqdm
 
 FAILED_NAME = "failed.jsonl"
@@ -105,76 +107,71 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"--videos {folder} is not a folder")
     found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name != UNFINISHED]  # of small videos whose run was stopped
+    for parent, names in files.walk(folder):
         for name in names:
             path = Path(parent, name)
             if path.suffix.lower() not in EXTENSIONS or name.startswith("."):
                 continue
+            if fault_of(str(path)):
+                raise InputError(f"{ascii(str(path))[1:-1]}: a file name that is not UTF-8: rename it")
             other = found.setdefault(path.stem, path)
-            if other != path:
+            if other != path and os.path.realpath(other) != os.path.realpath(path):
                 raise InputError(f"{other} and {path} have one id, {path.stem!r}: rename or remove one of them")
     if not found:
         raise InputError(f"no video in {folder}: no file ends in one of {' '.join(EXTENSIONS)}")
     return dict(sorted(found.items()))
 
 
-def read_lists(paths: list[Path]) -> set[str]:
-    """The video ids of JSON lines files such as test.jsonl."""
-    ids = set()
-    for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"--list {path} cannot be read: {e}") from e
-        for number, line in enumerate(lines, 1):
-            try:
-                ids.add(str(json.loads(line)["video"]))
-            except (ValueError, KeyError, TypeError) as e:
-                raise InputError(f'{path}, line {number}: expected {{"video": id, ...}}') from e
-    return ids
+def state_of(source: Path) -> dict:
+    """What tells a video file from the one that replaces it."""
+    try:
+        state = source.stat()
+    except OSError:  # a dangling link: the decoder says so
+        return {}
+    return {"source_bytes": state.st_size, "source_mtime": round(state.st_mtime, 3)}
 
 
 def read_done(index: Path, settings: dict) -> dict[str, dict]:
     """Video id -> line of the index file, of the videos whose files are all there; what cannot be read is not done.
 
-    Refuses a folder made with other settings, and one that this script did not make.
+    Refuses a folder made with other settings.
     """
-    out = index.parent
     if not index.exists():
-        if out.exists() and any(not name.startswith(".") for name in os.listdir(out)):
-            raise InputError(f"{out} is in use and holds no {index.name}; nothing is replaced: give another --out")
         return {}
     done = {}
-    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in files.read_lines(index, whole=True, advice=f"delete it, and {index.parent} is made anew"):
         try:
-            entry = parse_index_line(line) if index.name == INDEX_NAME else dict(json.loads(line))
-            whole = is_whole(out, entry)
-        except (ValueError, KeyError, TypeError):
+            entry = parse_json(line, index)
+        except InputError:
             continue  # torn by a kill: that video is done again
+        if not isinstance(entry, dict) or not (has_frames(entry) if index.name == INDEX_NAME else is_small(entry)):
+            continue
         theirs = {name: entry.get(name) for name in settings}
         if theirs != settings:
-            raise InputError(f"{out} was made with {theirs}, this run asks for {settings}: give another --out")
-        if whole:
+            raise InputError(f"{index.parent} was made with {theirs}, this run asks for {settings}: give another --out")
+        if is_whole(index.parent, entry):
             done[entry["video"]] = entry
     return done
 
 
+def is_small(entry: dict) -> bool:
+    """Whether a line of the index of small videos has what is read of it."""
+    return (isinstance(entry.get("video"), str) and entry["video"] != ""
+            and all(type(entry.get(name)) is int for name in ("frames", "bytes")))
+
+
 def is_whole(out: Path, entry: dict) -> bool:
-    """Whether what a line of an index file lists is there: so many jpgs, or a small video of so many bytes."""
+    """Whether what a line of an index file lists is there: so many frames, or a small video of so many bytes."""
     if "times" in entry:
         folder = out / entry["video"]
-        return folder.is_dir() and len(os.listdir(folder)) == len(entry["times"])
+        return folder.is_dir() and sum(map(is_frame, files.list_folder(folder))) == len(entry["times"])
     small = out / f"{entry['video']}.mp4"
     return small.is_file() and small.stat().st_size == entry["bytes"]
 
 
 def write_lines(path: Path, entries: list[dict]) -> None:
-    """Write JSON lines sorted by video, through a temporary name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    lines = [json.dumps(entry) + "\n" for entry in sorted(entries, key=lambda entry: entry["video"])]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON lines sorted by video."""
+    files.write_json_lines(path, sorted(entries, key=lambda entry: entry["video"]))
 
 
 # ---- the work ----
@@ -193,6 +190,9 @@ def extract_video(job: Job) -> dict:
     except InputError as e:
         shutil.rmtree(temporary)
         return {"why": str(e)}
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise files.unwritable(job.out, e) from e
     return {**made, "note": "; ".join(notes)} if notes else made
 
 
@@ -204,7 +204,7 @@ def write_jpgs(job: Job, notes: list[str]) -> dict:
         times.append(round(seconds, 3))
     folder = job.out / job.video
     shutil.rmtree(folder, ignore_errors=True)  # frames without a line in the index: a run was stopped in between
-    os.replace(unfinished / job.video, folder)
+    files.replace(unfinished / job.video, folder)
     return {"times": times}
 
 
@@ -214,7 +214,7 @@ def write_small(job: Job, notes: list[str]) -> dict:
     path = temporary / f"{job.video}.mp4"
     frames = compress_video(job.source, path, **job.how, notes=notes)
     made = {"frames": frames, "bytes": path.stat().st_size}
-    os.replace(path, job.out / path.name)
+    files.replace(path, job.out / path.name)
     temporary.rmdir()
     return made
 
@@ -260,22 +260,46 @@ def run_pool(jobs: list[Job], workers: int, left: list[Job]) -> Iterator[tuple[J
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    how, settings = how_to(args)
     index = args.out / (SMALL_INDEX_NAME if args.compress else INDEX_NAME)
     if args.compress and args.out.resolve().is_relative_to(args.videos.resolve()):
         raise InputError(f"--out {args.out} lies in --videos: the small videos would be taken for originals next time")
+    if not index.exists() and args.out.exists() and any(name[0] != "." for name in files.list_folder(args.out)):
+        raise InputError(f"{args.out} is in use and holds no {index.name}; nothing is replaced: give another --out")
     videos = find_videos(args.videos)
-    wanted = read_lists(args.list) if args.list else set(videos)
-    done = read_done(index, settings)
-    todo = sorted(wanted & set(videos) - set(done))
-    jobs = [Job(video, videos[video], args.out, how, args.quality) for video in todo]
+    wanted = read_list(args.list) if args.list else set(videos)
+    with files.lock(args.out):
+        bring_up_to_date(args, index, videos, wanted)
+
+
+def bring_up_to_date(args: argparse.Namespace, index: Path, videos: dict[str, Path], wanted: set[str]) -> None:
+    """Extract what is missing or was replaced, write the index and the list of failures."""
+    how, settings = how_to(args)
+    done, failed_before = read_done(index, settings), read_failed(index.parent / FAILED_NAME)
+    states = {video: state_of(videos[video]) for video in wanted & set(videos)}
+    replaced = [video for video, state in states.items() if "source_bytes" in done.get(video, {})
+                and {name: done[video].get(name) for name in ("source_bytes", "source_mtime")} != state]
+    if replaced:
+        print(f"{len(replaced)} videos are other files than those that were extracted, and are done again: "
+              f"{min(replaced)}, ...")
+    for video in replaced:
+        del done[video]
+    jobs = [Job(video, videos[video], args.out, how, args.quality) for video in sorted(states.keys() - done.keys())]
     tidy(index, done)
     absent = [{"video": v, "file": None, "why": f"no file of this name in {args.videos}"} for v in wanted - set(videos)]
-    failed = absent + extract_all(jobs, args, index, settings, done)
+    failed = absent + extract_all(jobs, args, index, settings, states, done)
     write_lines(index, list(done.values()))
-    write_lines(args.out / FAILED_NAME, failed)
+    elsewhere = [entry for video, entry in failed_before.items() if video not in wanted and video not in done]
+    write_lines(args.out / FAILED_NAME, failed + elsewhere)
     shutil.rmtree(args.out / UNFINISHED)
     report(index, [done[video] for video in wanted & set(done)], failed, new=len(jobs) - len(failed) + len(absent))
+
+
+def read_failed(path: Path) -> dict[str, dict]:
+    """Video id -> line of the list of failures; what another folder of videos failed in stays there."""
+    if not path.exists():
+        return {}
+    return {entry["video"]: entry for _, entry in files.read_json_lines(path, whole=True, advice="delete it")
+            if isinstance(entry.get("video"), str)}
 
 
 def tidy(index: Path, done: dict[str, dict]) -> None:
@@ -288,12 +312,12 @@ def tidy(index: Path, done: dict[str, dict]) -> None:
 
 
 def extract_all(
-    jobs: list[Job], args: argparse.Namespace, index: Path, settings: dict, done: dict[str, dict]
+    jobs: list[Job], args: argparse.Namespace, index: Path, settings: dict, states: dict, done: dict[str, dict]
 ) -> list[dict]:
     """Run the jobs; every finished video joins `done` and, at once, the index file. Returns the failures."""
     failed = []
     bar = tqdm(total=len(jobs), unit=" videos", bar_format=BAR)
-    with open(index, "a", encoding="utf-8") as lines, bar:
+    with files.appending(index) as lines, bar:
         for job, result in run_jobs(jobs, args.workers):
             source = str(job.source.relative_to(args.videos))
             bar.update()
@@ -301,8 +325,8 @@ def extract_all(
                 failed.append({"video": job.video, "file": source, "why": result["why"]})
                 continue
             note = {"note": result.pop("note")} if "note" in result else {}
-            done[job.video] = {"video": job.video, **result, **settings, "source": source, **note}
-            lines.write(json.dumps(done[job.video]) + "\n")
+            done[job.video] = {"video": job.video, **result, **settings, "source": source, **states[job.video], **note}
+            lines.write(json.dumps(done[job.video], ensure_ascii=False) + "\n")
             lines.flush()
     return failed
 

@@ -12,8 +12,8 @@ A frame folder, written by scripts/extract_frames.py:
 Shapes: K frames of a video; H, W height and width of a picture.
 """
 
-import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from narvid import InputError
+from narvid.files import read_json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # torch is imported where it is used: the extractor's workers do without it (a second and 200 MB each).
 
 INDEX_NAME = "index.jsonl"
+FRAME_NAME = re.compile(r"[0-9]{5,}\.jpg")
+COMPLETE = "run extract_frames again, it completes the folder"
 
 
 def pick_frames(n: int, k: int) -> list[int]:
@@ -65,40 +68,44 @@ def frame_paths(frames_dir: str | Path, video: str, indices: Sequence[int]) -> l
     return [f"{folder}{os.sep}{index:05d}.jpg" for index in indices]
 
 
+def is_frame(name: str) -> bool:
+    """Whether a file of this name is a frame: NNNNN.jpg. File managers leave others (Thumbs.db, .DS_Store)."""
+    return FRAME_NAME.fullmatch(name) is not None
+
+
 def load_frame_index(frames_dir: str | Path) -> dict[str, list[float]]:
     """Video id -> time in seconds of each of its frames, from the folder's index file; InputError names the line."""
     path = Path(frames_dir) / INDEX_NAME
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{path} is missing: make the frames with scripts/extract_frames.py --videos DIR --out {frames_dir}"
         )
     times: dict[str, list[float]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_index_line(line)
-        except ValueError as e:
-            torn = number == len(lines)  # no line break behind it: the writer was killed
-            what = "is torn, the extraction was interrupted" if torn else f"is {e}"
-            raise InputError(f"{path}, line {number} {what}: run extract_frames again, it completes the folder") from e
+    for number, entry in read_json_lines(path, advice=COMPLETE):
+        if not has_frames(entry):
+            raise InputError(f'{path}:{number}: no {{"video": id, "times": [rising seconds, ...]}}; {COMPLETE}')
         if entry["video"] in times:
-            raise InputError(f"{path}, line {number}: {entry['video']!r} stands there twice; run extract_frames again")
-        times[entry["video"]] = entry["times"]
+            raise InputError(f"{path}:{number}: {entry['video']!r} stands there twice; {COMPLETE}")
+        times[entry["video"]] = [float(time) for time in entry["times"]]
     return times
 
 
-def parse_index_line(line: str) -> dict:
-    """One line of the index file as a dict with a checked "video" and "times"; ValueError says what is wrong."""
-    try:
-        entry = json.loads(line)
-        video, times = entry["video"], [float(t) for t in entry["times"]]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'no {{"video": id, "times": [seconds, ...]}} ({e})') from e
-    if not (isinstance(video, str) and times and np.isfinite(times).all() and times == sorted(times)):
-        raise ValueError(f"no video with rising times: {line[:80]}")
-    return {**entry, "times": times}
+def has_frames(entry: dict) -> bool:
+    """Whether a line of the index file has what every reader needs: a video's id and the rising times of its frames."""
+    video, times = entry.get("video"), entry.get("times")
+    return (isinstance(video, str) and video != "" and isinstance(times, list) and len(times) > 0
+            and all(type(time) in (int, float) for time in times) and times == sorted(times))
+
+
+def read_list(paths: Sequence[str | Path]) -> set[str]:
+    """The video ids of JSON lines files such as test.jsonl, {"video": id, ...} a line."""
+    videos = set()
+    for path in paths:
+        for number, entry in read_json_lines(path):
+            if not isinstance(entry.get("video"), str) or not entry["video"]:
+                raise InputError(f'{path}:{number}: no "video"; a line is {{"video": id, ...}}')
+            videos.add(entry["video"])
+    return videos
 
 
 # ---- reading jpgs ----

@@ -15,9 +15,7 @@ Check a file, ours or a published one, against the extracted frames; turn a publ
     python -m narvid.narration convert published.json --frames data/msrvtt/frames --out data/msrvtt/narrations.jsonl
 """
 
-import json
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -28,7 +26,9 @@ from typing import NamedTuple
 
 from narvid import InputError
 from narvid.data.frames import pick_frames
-from narvid.data.published_narrations import CAPTIONER, assign, form_of, parse_published, read_text
+from narvid.data.published_narrations import CAPTIONER, assign, parse_published, read_form
+from narvid.files import write_json_lines
+from narvid.parsing import parse_json
 
 LONE_FRAME_TOLERANCE = 0.25  # seconds, where a video has one frame and hence no spacing
 RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates, ...
@@ -55,8 +55,7 @@ def load_narrations(path: str | Path, frame_times: Mapping[str, Sequence[float]]
     extracted frames are left out, since nothing can date their captions.
     Raises InputError with file and line for anything malformed, a video narrated twice, m > n, Cap4Video's titles.
     """
-    text = read_text(path)
-    form = form_of(text)
+    text, form = read_form(path)
     if form == "ours":
         return parse_lines(path, text)
     captions_of = parse_published(path, text, form, frame_times or ())
@@ -78,8 +77,9 @@ def parse_lines(path: str | Path, text: str) -> dict[str, Narration]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        entry = parse_json(line, path, line=number)
         try:
-            video, narration = _parse(line)
+            video, narration = _parse(entry)
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         if video in narrations:
@@ -88,12 +88,8 @@ def parse_lines(path: str | Path, text: str) -> dict[str, Narration]:
     return narrations
 
 
-def _parse(line: str) -> tuple[str, Narration]:
-    """One line of our form; InputError says what is wrong with it."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"malformed JSON ({error.msg}, column {error.colno}); one object a line is expected") from None
+def _parse(entry: object) -> tuple[str, Narration]:
+    """The value of one line of our form; InputError says what is wrong with it."""
     if not isinstance(entry, dict):
         raise InputError('expected {"video", "captioner", "prompt", "sentences"}')
     for key in ("video", "captioner", "prompt"):
@@ -198,18 +194,13 @@ def _disagreement(narration: Narration, all_times: Sequence[float], tolerance: f
     return ""
 
 
-def to_line(video: str, narration: Narration) -> str:
-    """One line of a narration file, without the line break."""
+def to_entry(video: str, narration: Narration) -> dict:
+    """What one line of a narration file holds."""
     sentences = [{"time": time, "text": text} for time, text in zip(narration.times, narration.sentences, strict=True)]
     entry = {"video": video, "captioner": narration.captioner, "prompt": narration.prompt, "sentences": sentences}
-    return json.dumps(entry, ensure_ascii=False)
+    return entry
 
 
 def write_narrations(path: str | Path, items: Iterable[tuple[str, Narration]]) -> None:
     """Write (video, narration) pairs as JSON lines; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(to_line(video, narration) + "\n" for video, narration in items)
-    os.replace(temporary, path)
+    write_json_lines(path, (to_entry(video, narration) for video, narration in items))

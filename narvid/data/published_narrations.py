@@ -13,13 +13,14 @@ Cap4Video's titles, up to 30 sentences about a whole video, best first by CLIP's
     {video: [...]}                                                          MSVD, VATEX, DiDeMo, test
 """
 
-import json
 import os
 from collections.abc import Container, Sequence
 from pathlib import Path
 
 from narvid import InputError
 from narvid.data.frames import pick_frames
+from narvid.files import read_text
+from narvid.parsing import parse_json
 
 # A caption beside the wrong frame looks like any other, so the rule is printed wherever it is applied.
 ALIGNMENT = {
@@ -29,30 +30,25 @@ ALIGNMENT = {
 }  # fmt: skip
 CAPTIONER = {"release": "unknown (published file)", "titles": "Cap4Video titles (of whole videos)"}
 OUR_KEYS = {"video", "captioner", "prompt", "sentences"}
+COMPLETE = "is the file complete?"
 TITLE_KEYS = ("titles", "captions")  # of one video's entry: MSR-VTT's, the other corpora's
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file of narrations in any form; InputError where there is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the narration file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a UTF-8 text file; give the narration file itself, unpacked") from None
+def read_form(path: str | Path) -> tuple[str, str]:
+    """The text of a file of narrations, and its form: "release" (a list), "titles" (one object a file) or "ours"."""
+    text = read_text(path, advice="give the narration file itself, unpacked")
     if not text.strip():
         raise InputError(f"{path}: the narration file is empty")
-    return text
+    return text, _form_of(text.lstrip())
 
 
-def form_of(text: str) -> str:
-    """Which form a file is in, by how it starts: "release" (a list), "titles" (one object a file) or "ours"."""
-    text = text.lstrip()
+def _form_of(text: str) -> str:
+    """By how it starts."""
     if text.startswith("["):
         return "release"
     try:
-        entry = json.loads(text.partition("\n")[0])
-    except json.JSONDecodeError:  # an indented object, or a broken first line of our form
+        entry = parse_json(text.partition("\n")[0], "")
+    except InputError:  # an indented object, or a broken first line of our form
         return "titles" if text[0] == "{" and not text[1:].partition("\n")[0].strip() else "ours"
     if not isinstance(entry, dict) or (OUR_KEYS & entry.keys() and not {"titles", "videos"} & entry.keys()):
         return "ours"
@@ -94,16 +90,9 @@ def assign(form: str, captions: Sequence[str], times: Sequence[float]) -> tuple[
 # ---- the forms ----
 
 
-def _load(path, text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: malformed JSON ({error.msg}); is the file complete?") from None
-
-
 def _release_entries(path, text):
     """Yield (video_file, captions) of each entry."""
-    for number, entry in enumerate(_load(path, text), start=1):
+    for number, entry in enumerate(parse_json(text, path, advice=COMPLETE), start=1):
         where = f"{path}: entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("video_file"), str) or not entry["video_file"]:
             raise InputError(f'{where}: "video_file" is missing or not a text')
@@ -118,7 +107,7 @@ def _release_entries(path, text):
 
 def _titles_by_name(path, text):
     """name of a video -> its titles."""
-    entries = _load(path, text)
+    entries = parse_json(text, path, advice=COMPLETE)
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path}: holds no video")
     if {"videos", "sentences", "titles"} & entries.keys():  # MSR-VTT's annotation file, with titles or without

@@ -11,8 +11,6 @@ Cap4Video trains its first stage with one more pair a video, the video and its b
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from narvid import InputError
-from narvid.data.datasets import Split, _read_pairs
+from narvid.data.datasets import AGAIN, Split, read_pairs
 from narvid.data.frames import pick_frames
 from narvid.data.narrations import load_narrations
-from narvid.data.published_narrations import form_of, parse_published, read_text
+from narvid.data.published_narrations import parse_published, read_form
+from narvid.files import read_json, read_text, write_json, write_json_lines, write_text
 
 
 def load_titles(paths: Sequence[str | Path], known: Container[str], max_titles: int) -> dict[str, list[str]]:
@@ -34,8 +33,7 @@ def load_titles(paths: Sequence[str | Path], known: Container[str], max_titles: 
     """
     titles: dict[str, list[str]] = {}
     for path in paths:
-        text = read_text(path)
-        form = form_of(text)
+        text, form = read_form(path)
         told = ({video: narration.sentences for video, narration in load_narrations(path).items()} if form == "ours"
                 else parse_published(path, text, form, known))
         for video, sentences in told.items():
@@ -76,26 +74,25 @@ def add_pairs(corpus: Path, out: Path, titles: Mapping[str, list[str]]) -> tuple
     The other splits stay as they are; prepared.json, where there is one, is written last and counts the new pairs.
     Videos without a title get no pair.
     """
-    pairs = [(video, query) for _, video, query in _read_pairs(corpus / "train.jsonl")]
+    pairs = [(video, query) for _, video, query in read_pairs(corpus / "train.jsonl")]
     videos = dict.fromkeys(video for video, _ in pairs)
     added = [(video, titles[video][0]) for video in videos if titles.get(video)]
     if not added:
         raise InputError(f"{corpus / 'train.jsonl'}: none of its {len(videos)} videos has a title; give the file of "
                          "the training videos")
-    texts = {"train.jsonl": "".join(json.dumps({"video": video, "query": query}, ensure_ascii=False) + "\n"
-                                    for video, query in [*pairs, *added])}
-    texts |= {name: (corpus / name).read_text(encoding="utf-8") for name in ("val.jsonl", "test.jsonl", "prepared.json")
-              if (corpus / name).exists()}
-    if "prepared.json" in texts:
-        prepared = json.loads(texts["prepared.json"])
+    copied = {name: read_text(corpus / name) for name in ("val.jsonl", "test.jsonl") if (corpus / name).exists()}
+    prepared = None
+    if (corpus / "prepared.json").exists():
+        prepared = read_json(corpus / "prepared.json", dict, advice=AGAIN)
+        if not isinstance(prepared.get("queries"), dict):
+            raise InputError(f'{corpus / "prepared.json"}: has no "queries"; {AGAIN}')
         prepared["queries"]["train"] = len(pairs) + len(added)
         prepared["title_pairs"] = len(added)
-        texts["prepared.json"] = json.dumps(prepared, indent=1, ensure_ascii=False) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out / name)
+    write_json_lines(out / "train.jsonl", ({"video": video, "query": query} for video, query in [*pairs, *added]))
+    for name, text in copied.items():
+        write_text(out / name, text)
+    if prepared:
+        write_json(out / "prepared.json", prepared)
     return len(added), len(videos)
 
 
@@ -109,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.out.resolve() == args.corpus.resolve():
             raise InputError(f"--out {args.out}: is the corpus itself; name another folder")
-        known = {video for _, video, _ in _read_pairs(args.corpus / "train.jsonl")}
+        known = {video for _, video, _ in read_pairs(args.corpus / "train.jsonl")}
         added, videos = add_pairs(args.corpus, args.out, load_titles(args.titles, known, max_titles=1))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -8,11 +8,10 @@ what a refusal is (`answers.py`).
     python -m narvid.narration check FILE --frames DIR --drop refused --out FILE
 """
 
-import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from math import ceil
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from narvid import InputError
+from narvid.files import write_json_lines
 from narvid.flags import Parser, positive
 from narvid.narration.answers import is_refusal
 from narvid.data.frames import load_frame_index, pick_frames
 from narvid.data.narrations import Narration, date_published, join, parse_lines, write_narrations
-from narvid.data.published_narrations import ALIGNMENT, form_of, parse_published, read_text
+from narvid.data.published_narrations import ALIGNMENT, parse_published, read_form
 from narvid.progress import tqdm
 
 ERRORS = {
@@ -119,8 +119,7 @@ def validate(
 
 def _read(path, frame_times):
     """(alignment, videos in the file, narrations of those that could be dated, video -> why it could not)."""
-    text = read_text(path)
-    form = form_of(text)
+    text, form = read_form(path)
     if form == "ours":
         narrations = parse_lines(path, text)
         return "", narrations, narrations, {}
@@ -277,15 +276,8 @@ def write_list(path: str | Path, report: Report) -> int:
     """Every problem of every video as JSON lines {"video", "kind", "what"} -> their number."""
     lines = [{"video": video, "kind": kind, "what": what}
              for kind, found in report.problems.items() for video, what in found.items()]  # fmt: skip
-    _write(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json_lines(path, lines)
     return len(lines)
-
-
-def _write(path: str | Path, lines: Iterable[str]) -> None:
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(temporary, path)
 
 
 # ---- the command line ----

@@ -9,7 +9,7 @@ from pathlib import Path
 from narvid import InputError
 from narvid.data.frames import load_frame_index
 from narvid.data.narrations import date_published, write_narrations
-from narvid.data.published_narrations import ALIGNMENT, form_of, parse_published, read_text
+from narvid.data.published_narrations import ALIGNMENT, parse_published, read_form
 from narvid.flags import Parser
 
 
@@ -19,8 +19,7 @@ def convert(path: str | Path, frame_times: Mapping[str, Sequence[float]], out: s
     frame_times: video -> times (s) of all its extracted frames. Raises InputError, and writes nothing, where a video
     is misaligned, no video has frames, or the file is in our form.
     """
-    text = read_text(path)
-    form = form_of(text)
+    text, form = read_form(path)
     if form == "ours":
         raise InputError(f"{path}: is in our form already; use it as it is, and `check` it")
     captions_of = parse_published(path, text, form, frame_times)

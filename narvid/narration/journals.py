@@ -12,7 +12,6 @@ again. Not here: frames, models, flags (narrate.py, captioners.py).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from narvid import InputError
-from narvid.files import read_json_lines, write_json_lines
+from narvid.files import appending, lock, read_json_lines, write_json_lines
 from narvid.narration.answers import KINDS, Cut, Failed, is_refusal, kind_of
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 
@@ -179,20 +178,12 @@ def check_times(out: Path, known: Known, times: Mapping[str, list[float]]) -> No
             )
 
 
-def open_journal(out: Path, shard: Shard) -> TextIO:
-    """This shard's journal, to append to: locked against a second process, its torn last line cut off."""
-    folder = parts_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{shard.index + 1}-of-{shard.n}.jsonl"
-    journal = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path} is being written by another process: shard {shard.index + 1} runs already") from None
-    except OSError:
-        pass  # a disk without locks
-    journal.truncate(path.read_bytes().rfind(b"\n") + 1)
-    return journal
+@contextmanager
+def open_journal(out: Path, shard: Shard) -> Iterator[TextIO]:
+    """This shard's journal, to append to: no second process has it, and its torn last line is cut off."""
+    path = parts_folder(out) / f"{shard.index + 1}-of-{shard.n}.jsonl"
+    with lock(path.parent, f".{path.stem}.lock"), appending(path) as journal:
+        yield journal
 
 
 def append(journal: TextIO, maker: tuple[str, str], video: str, moment: float, shared: Sequence[float],
@@ -218,10 +209,7 @@ def failed_file(out: Path) -> Path:
 @contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
     """Held while a shard looks what is there and writes OUT: a shard that looked earlier must not write later."""
-    parts_folder(out).mkdir(parents=True, exist_ok=True)
-    with open(parts_folder(out) / "lock", "w") as lock:
-        with suppress(OSError):  # a disk without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(parts_folder(out), wait=True):
         yield
 
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from narvid import InputError
-from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames
-from narvid.files import read_json_lines
+from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames, read_list
 from narvid.flags import Parser, count, number, positive, positive_float
 from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal, kind_of
 from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
@@ -60,22 +59,11 @@ class Job(NamedTuple):
 # ---- which frames, which shard ----
 
 
-def read_lists(paths: Sequence[Path]) -> set[str]:
-    """The video ids of JSON lines files such as test.jsonl."""
-    videos = set()
-    for path in paths:
-        for line, entry in read_json_lines(path, advice="give --list a file such as test.jsonl"):
-            if not isinstance(entry.get("video"), str):
-                raise InputError(f'{path}:{line}: expected {{"video": id, ...}}')
-            videos.add(entry["video"])
-    return videos
-
-
 def wanted_frames(args: argparse.Namespace, times: Mapping[str, list[float]]) -> dict[str, list[int]]:
     """Video -> indices of the frames that get a sentence, in the order of the frame index."""
     videos = list(times)
     if args.list:
-        listed = read_lists(args.list)
+        listed = read_list(args.list)
         videos = [video for video in videos if video in listed]
         if absent := sorted(listed - set(videos)):
             print(f"{len(absent)} listed videos have no frames in {args.frames}: {', '.join(absent[:3])}, ...")

@@ -30,7 +30,8 @@ import numpy as np
 
 from narvid import InputError
 from narvid.flags import Parser
-from narvid.data.narrations import CAPTIONER, form_of, read_text
+from narvid.data.published_narrations import CAPTIONER, read_form
+from narvid.parsing import parse_json
 from narvid.methods import METHODS
 from narvid.report.drawing import (draw_captioners, draw_curves, draw_distributions, draw_heatmap, draw_sweeps,
                                    pyplot)
@@ -95,17 +96,14 @@ def captioner_of(path: str) -> str | None:
     """Who wrote a narration file, by its own word, else the file's name; None where it is not on this disk."""
     if not Path(path).exists():
         return None
-    text = read_text(path)
-    form = form_of(text)
+    text, form = read_form(path)
     if form != "ours":
         return Path(path).stem
-    line = next(line for line in text.split("\n") if line.strip())
-    try:
-        captioner = json.loads(line)["captioner"]
-        return Path(path).stem if captioner in ("", CAPTIONER["release"]) else str(captioner)
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: its first line names no captioner; see `python -m narvid.narration check`"
-                         ) from error
+    entry = parse_json(text.lstrip().partition("\n")[0], path)
+    captioner = entry.get("captioner") if isinstance(entry, dict) else None
+    if not isinstance(captioner, str):
+        raise InputError(f"{path}: its first line names no captioner; see `python -m narvid.narration check`")
+    return Path(path).stem if captioner in ("", CAPTIONER["release"]) else captioner
 
 
 def reads(run: Run, what: str) -> bool:

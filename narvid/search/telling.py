@@ -6,13 +6,14 @@ is worth, which frames are nearly alike (narvid/narration), the file's form and 
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from narvid import InputError
-from narvid.data.narrations import join, load_narrations, to_line
+from narvid.data.narrations import join, load_narrations, to_entry
 from narvid.data.videos import Clip
 from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, kind_of
 from narvid.narration.captioners import Captioner
@@ -63,7 +64,7 @@ class Narrator:
     def version(self, path: str) -> str:
         """Marks what the narration file says about a video, "" where it says nothing; files are due when it changes."""
         narration = self._of_video.get(PurePosixPath(path).stem)
-        text = to_line("", narration) if narration else ""
+        text = json.dumps(to_entry("", narration), ensure_ascii=False) if narration else ""
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() if narration else ""
 
     def tell(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:

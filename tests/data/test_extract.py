@@ -188,13 +188,14 @@ def test_compressing(tmp_path, capsys):
     (videos / "bad.mp4").write_bytes(b"nothing")
     how = ["--compress", "--short_side", "32"]
     extract(videos, out, *how)
-    names = ["a.b.mp4", "c.mp4", "cut.mp4", "failed.jsonl", "videos.jsonl"]
+    names = [".lock", "a.b.mp4", "c.mp4", "cut.mp4", "failed.jsonl", "videos.jsonl"]
     assert sorted(p.name for p in out.iterdir()) == names  # no temporary folder
     lines = {line["video"]: line for line in map(json.loads, (out / "videos.jsonl").read_text().splitlines())}
     assert list(lines) == ["a.b", "c", "cut"]
     size = (out / "c.mp4").stat().st_size
     settings = {"sampling": "3 fps", "short_side": 32, "crf": 18}
-    assert lines["c"] == {"video": "c", "frames": 7, "bytes": size, **settings, "source": "sub/c.MKV"}
+    assert lines["c"] == {"video": "c", "frames": 7, "bytes": size, **settings, "source": "sub/c.MKV",
+                          **extract_frames.state_of(videos / "sub/c.MKV")}
     assert "announced" in lines["cut"]["note"]
     (failure,) = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
     assert (failure["video"], failure["file"]) == ("bad", "bad.mp4") and "bad.mp4" in failure["why"]

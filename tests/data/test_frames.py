@@ -370,15 +370,15 @@ def test_load_frame_index(tmp_path):
     ("lines", "message"),
     [
         (None, "scripts/extract_frames.py"),
-        ('{"video": "a", "times": [0]}\n{"video": "b", "ti', r"line 2 is torn.*run extract_frames again"),
-        ('{"video": "a", "ti\n{"video": "b", "times": [0]}\n', "line 1 is no"),
-        ('{"video": "a", "times": []}\n', "line 1 is no video with rising times"),
-        ('{"video": "a", "times": [1, 0]}\n', "line 1 is no video with rising times"),
-        ('{"video": "a", "times": [0, NaN]}\n', "line 1 is no video with rising times"),
-        ('{"video": 7, "times": [0]}\n', "line 1 is no video"),
-        ('{"times": [0]}\n', "line 1 is no"),
-        ('["a"]\n', "line 1 is no"),
-        ('{"video": "a", "times": [0]}\n{"video": "a", "times": [0]}\n', "line 2.*'a' stands there twice"),
+        ('{"video": "a", "times": [0]}\n{"video": "b", "ti', r":2: malformed JSON.*run extract_frames again"),
+        ('{"video": "a", "ti\n{"video": "b", "times": [0]}\n', ":1: malformed JSON"),
+        ('{"video": "a", "times": []}\n', ":1: no .*rising seconds"),
+        ('{"video": "a", "times": [1, 0]}\n', ":1: no .*rising seconds"),
+        ('{"video": "a", "times": [0, NaN]}\n', ":1: a number is NaN"),
+        ('{"video": 7, "times": [0]}\n', ":1: no .*rising seconds"),
+        ('{"times": [0]}\n', ":1: no .*rising seconds"),
+        ('["a"]\n', ":1: is no object"),
+        ('{"video": "a", "times": [0]}\n{"video": "a", "times": [0]}\n', ":2: 'a' stands there twice"),
     ],
 )
 def test_broken_index_is_named(tmp_path, lines, message):
@@ -396,8 +396,9 @@ def extract(videos, out, *more):
 
 
 def tree(folder):
-    """Path -> content of every file of a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Path -> content of every file of a folder, but for its lock."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_extraction(tmp_path, capsys):
@@ -412,7 +413,7 @@ def test_extraction(tmp_path, capsys):
     assert load_frame_index(out) == {"a.b": [0.0, 1.0, 2.0], "c": [0.0, 2.0]}
     names = ["a.b/00000.jpg", "a.b/00001.jpg", "a.b/00002.jpg", "c/00000.jpg", "c/00001.jpg"]
     assert sorted(tree(out)) == sorted([*names, "failed.jsonl", "index.jsonl"])
-    assert sorted(p.name for p in out.iterdir()) == ["a.b", "c", "failed.jsonl", "index.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "a.b", "c", "failed.jsonl", "index.jsonl"]
     assert [which(np.asarray(Image.open(frame_path(out, "a.b", i)))) for i in range(3)] == [0, 10, 20]
     assert Image.open(frame_path(out, "c", 0)).size == (48, 32)
     (failure,) = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
@@ -449,7 +450,7 @@ def test_what_extraction_refuses(tmp_path):
         extract(tmp_path / "lost", tmp_path / "frames")
     (videos / "a.mp4").write_bytes(b"")
     (tmp_path / "list.jsonl").write_text('{"video": "a"}\n{"id": "b"}\n')
-    with pytest.raises(InputError, match=r"list\.jsonl, line 2"):
+    with pytest.raises(InputError, match=r"list\.jsonl:2"):
         extract(videos, tmp_path / "frames", "--list", str(tmp_path / "list.jsonl"))
     with pytest.raises(InputError, match=r"holds no index\.jsonl"):
         extract(videos, videos)  # would replace what others made
@@ -510,7 +511,7 @@ def test_killed_and_run_again_is_one_run(tmp_path):
     assert list(load_frame_index(out)) == list("01234")  # usable as far as it got
     with open(out / "index.jsonl", "ab") as f:
         f.write(b'{"video": "5", "tim')  # as if killed in the middle of a line
-    with pytest.raises(InputError, match="is torn"):
+    with pytest.raises(InputError, match=r"index\.jsonl:6: malformed JSON.*run extract_frames again"):
         load_frame_index(out)
     (out / "6").mkdir()  # as if killed between the renaming and the line
     (out / "6" / "00099.jpg").write_bytes(b"stale")

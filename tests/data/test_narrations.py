@@ -155,7 +155,7 @@ def without(key):
         (GOOD | {"sentences": [{"time": "0", "text": "a"}]}, ["sentence 1", '"time"']),
         (GOOD | {"sentences": [{"time": True, "text": "a"}]}, ["sentence 1", '"time"']),
         (GOOD | {"sentences": [{"time": -1, "text": "a"}]}, ["sentence 1", '"time"']),
-        (GOOD | {"sentences": [{"time": float("nan"), "text": "a"}]}, ["sentence 1", '"time"']),
+        (GOOD | {"sentences": [{"time": float("nan"), "text": "a"}]}, ["NaN"]),
         (GOOD | {"sentences": GOOD["sentences"][::-1]}, ["v2", "do not increase", "sentence 2", "1.5", "0"]),
         (GOOD | {"sentences": GOOD["sentences"][:1] * 2}, ["do not increase"]),
         (GOOD | {"video": "v1"}, ["v1", "twice", "line 1"]),
@@ -171,7 +171,7 @@ def test_a_fault_in_a_line_is_refused_with_its_number(tmp_path, entry, words):
 
 
 def test_files_that_are_no_narrations_are_refused(tmp_path):
-    with pytest.raises(InputError, match="nowhere.jsonl: cannot read"):
+    with pytest.raises(InputError, match="nowhere.jsonl: cannot be read"):
         load_narrations(tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match="is empty"):
         load_narrations(write(tmp_path / "n.jsonl", " \n"))
