@@ -65,7 +65,7 @@ class Narrator:
         """Marks what the narration file says about a video, "" where it says nothing; files are due when it changes."""
         narration = self._of_video.get(PurePosixPath(path).stem)
         text = json.dumps(to_entry("", narration), ensure_ascii=False) if narration else ""
-        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest() if narration else ""
+        return hashlib.sha256(text.encode()).hexdigest() if narration else ""
 
     def tell(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
         """The sentence or None of each of these frames of a clip, and a note on what is missing, "" if nothing is.
@@ -78,9 +78,7 @@ class Narrator:
         sentences = [None] * len(numbers)
         if narration := self._of_video.get(video := PurePosixPath(path).stem):
             times = [clip.times[n] for n in numbers]
-            told = join(narration, times, clip.times, video=video, path=self.path)
-            # the tokenizer cannot read half a surrogate pair, and neither can SQLite
-            sentences = [text and text.encode("utf-8", "replace").decode() for text in told]
+            sentences = join(narration, times, clip.times, video=video, path=self.path)
         return dict(zip(numbers, sentences, strict=True)), "" if self.is_silent else _note(sentences)
 
     def _caption(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:

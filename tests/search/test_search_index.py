@@ -680,10 +680,10 @@ def sentences(index):
 
 
 def test_a_narration_file_is_joined_by_time(tmp_path, videos):
-    of_video = {"c": [(0.2, "at 0"), (1.2, " "), (2.0, "at 2 \ud800")], "a": [(0.0, "x"), (1.0, "y"), (2.0, "z")]}
+    of_video = {"c": [(0.2, "at 0"), (1.2, " "), (2.0, "at 2 \u2028")], "a": [(0.0, "x"), (1.0, "y"), (2.0, "z")]}
     path, embedder = write_narrations(tmp_path / "n.jsonl", of_video), Fake()
     update(videos, tmp_path / "i", embedder, narrations=path)
-    expected = {"a.mp4": ["x", "y", "z"], "b/c.mkv": ["at 0", None, "at 2 ?", None], "d.mp4": [None] * 5}
+    expected = {"a.mp4": ["x", "y", "z"], "b/c.mkv": ["at 0", None, "at 2 \u2028", None], "d.mp4": [None] * 5}
     assert sentences(tmp_path / "i") == expected
     assert [told for _, told in embedder.seen] == [*expected.values()]
     with Store(tmp_path / "i", read_only=True) as store:
