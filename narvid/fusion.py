@@ -24,8 +24,8 @@ def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: 
     """S_fusion of Eq. 11, weighted: 2 * (weight * z(S_qv) + (1 - weight) * z(S_qn)); weight 0.5 is the paper's.
 
     s_video, s_narration (B, V) -> (B, V). z standardises with the matrix' own mean and standard deviation, or with
-    given `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix is no fair sample (one query).
-    A constant matrix carries no ranking and becomes zeros.
+    given `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix is too small (one query).
+    A constant matrix ranks nothing and becomes zeros.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], not {weight}")
@@ -52,8 +52,8 @@ def dsl(similarity: Tensor, scale: float, over: str) -> Tensor:
     """Dual softmax (Cheng et al. 2021): similarity * softmax(scale * similarity). (B, V) -> (B, V).
 
     over="queries" normalises each video's column over the queries (for text-to-video), over="videos" each query's row
-    over the videos (for video-to-text). Applied to each view's cosines, before they are standardised. Give float64:
-    in float32 what lies far below the best becomes equal, and ties count against.
+    over the videos (for video-to-text). Applied to each view's cosines, before they are standardised. Use float64:
+    in float32 all that lies far below the best becomes equal, and the rank of a tie is the worst one.
     """
     if over not in ("queries", "videos"):
         raise ValueError(f'over must be "queries" or "videos", not {over!r}')
@@ -66,14 +66,14 @@ def qb_norm(similarity: Tensor, querybank: Tensor, *, beta: float = 20.0, k: int
     similarity (B, V) of the test queries, querybank (N, V) of N other queries (training ones) with the same videos.
     A query whose best video is among the k best of any bank query is ranked by exp(beta * s) over the bank's sum of
     exp(beta * s) for that video; every other query keeps its row. Rows are therefore not comparable with each other.
-    beta is made for cosines. Give float64, for the same reason as in `dsl`.
+    beta = 20 is meant for cosines. Use float64, for the same reason as in `dsl`.
     """
     if querybank.ndim != 2 or querybank.shape[1] != similarity.shape[1]:
         raise ValueError(f"the querybank scores {querybank.shape[-1]} videos, the test matrix {similarity.shape[1]}")
     activation = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     activation[querybank.topk(min(k, querybank.shape[1]), dim=1).indices.flatten()] = True  # (V,)
     hubbed = activation[similarity.argmax(dim=1)]  # (B,)
-    # exp(beta s) / sum exp(beta bank), as one exponential: neither of the two need fit a float alone.
+    # exp(beta s) / sum exp(beta bank) as one exponential: each of the two alone may overflow.
     inverted = (beta * similarity - (beta * querybank).logsumexp(dim=0)).exp()  # (B, V)
     return torch.where(hubbed[:, None], inverted, similarity)
 

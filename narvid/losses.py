@@ -15,7 +15,7 @@ from torch import Tensor
 def nce(similarity: Tensor, scale: Tensor | float, exclude: Tensor | None = None) -> Tensor:
     """L_qv or L_qn of Eq. 5: symmetric cross-entropy of scale * S. similarity (B, B) -> scalar.
 
-    The paper prints no temperature; every system of this family learns one (`scale` = exp(logit_scale)).
+    The paper prints no temperature; the released code, like CLIP4Clip, learns one (`scale` = exp(logit_scale)).
     """
     logits = _mask_pairs(scale * _square(similarity), exclude)
     target = torch.arange(len(logits), device=logits.device)
@@ -24,7 +24,7 @@ def nce(similarity: Tensor, scale: Tensor | float, exclude: Tensor | None = None
 
 def hard_negatives(s_video: Tensor, s_narration: Tensor, lam: float,
                    exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """H_i and H_i^T of Eqs. 6-7: the negatives that either view takes for hard.
+    """H_i and H_i^T of Eqs. 6-7: the negatives that are hard in at least one of the two views.
 
     Returns (of_queries, of_videos), both (B, B) bool: rows of the first are queries, rows of the second are videos.
     j is hard for i where S(i, j) > S(i, i) - lam * sigma_i, j != i.

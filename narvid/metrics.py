@@ -17,9 +17,9 @@ def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray) -> dic
 
     similarity (B, V), higher is more alike; video_of_query (B,) the index of each query's video, any number of queries
     a video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}.
-    Ties count against: the rank is the number of candidates that score at least as high as the right one.
+    Of equal scores the worst rank counts: it is the number of candidates that score at least as high as the right one.
     Video-to-text (many captions a video): each video's best caption competes with every other video's best caption;
-    a video without a caption is a candidate for queries but asks nothing itself.
+    a video without a caption is a candidate for queries but has no query of its own.
     NaN, an empty matrix, a wrong shape or an index out of range raise ValueError.
     """
     similarity, video_of_query = _checked(similarity, video_of_query)
@@ -56,16 +56,16 @@ class Difference(NamedTuple):
     mean: float
     low: float  # 95 % interval
     high: float
-    p: float  # two-sided: how easily resampling turns the sign
+    p: float  # two-sided: twice the share of samples in which the sign changes
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, video_of_query: np.ndarray, *, samples: int = 10_000,
                      seed: int = 0) -> Difference:
-    """Is the second better than the first on the same queries, or is it this choice of test videos and seeds?
+    """Is the second better than the first on the same queries, or is it chance in the choice of test videos and seeds?
 
     a, b (seeds, B): a value of every query under every training seed; 100 where its rank is 1, else 0, compares R@1.
-    Resampled are videos with all their queries (captions of one video rise and fall together), the same ones for both
-    sides; and, where there are several, each side's seeds. One seed says nothing about the spread of seeds.
+    Each sample draws videos with all their queries (captions of one video are not independent), the same ones for both
+    sides, and, where there are several, each side's seeds. One seed says nothing about the variation between seeds.
     """
     a, b = np.atleast_2d(a).astype(float), np.atleast_2d(b).astype(float)
     if a.shape[1] != b.shape[1] or a.shape[1] != len(video_of_query):

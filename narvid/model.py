@@ -23,7 +23,7 @@ MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-moda
 
 
 class Queries(NamedTuple):
-    """What the joint sees of B queries."""
+    """Features of B queries, as similarity.py takes them."""
 
     eos: Tensor  # (B, D)
     words: Tensor  # (B, L, D)
@@ -32,7 +32,7 @@ class Queries(NamedTuple):
 
 
 class Videos(NamedTuple):
-    """What the joint sees of V videos: enhanced features."""
+    """Enhanced features of V videos, as similarity.py takes them."""
 
     frames: Tensor  # (V, K, D)
     narration: Tensor | None  # (V, K, D); None where narration matching is off
@@ -44,7 +44,8 @@ class Videos(NamedTuple):
 class NarVidConfig:
     """Sizes of the heads. `modules` are Table 3's; what is off is not built.
 
-    temporal_layers, positions and dropout are the family's values, not the paper's words; temperature is App. B.2's.
+    temporal_layers, positions and dropout are not in the paper: they are the values of the released code and of
+    CLIP4Clip. temperature is App. B.2's.
     """
 
     dim: int
@@ -77,7 +78,7 @@ class CoAttentionStream(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, other: Tensor, other_stream: CoAttentionStream, other_mask: Tensor) -> Tensor:
-        """x asks, the other stream answers with its own keys and values. (V, K, D) -> (V, K, D)."""
+        """x attends to `other`, whose keys and values are projected by its own stream. (V, K, D) -> (V, K, D)."""
         heads = (other.shape[0], other.shape[1], -1, 64)
         query, key, value = (y.view(heads).transpose(1, 2) for y in (
             self.query(x), other_stream.key(other), other_stream.value(other)))  # (V, heads, K, 64)
@@ -85,14 +86,14 @@ class CoAttentionStream(nn.Module):
         answer = F.scaled_dot_product_attention(
             query, key, value, attn_mask=(other_mask[:, None] | ~some)[:, None],
             dropout_p=self.dropout.p if self.training else 0.0)
-        # A video without one sentence hears nothing, instead of the NaN of a softmax over no key.
+        # Without one sentence attention adds 0: a softmax over no key would be NaN.
         answer = answer.transpose(1, 2).flatten(2) * some
         x = self.norm_attention(x + self.dropout(self.out(answer)))
         return self.norm_feed_forward(x + self.dropout(self.feed_forward(x)))
 
 
 class CoAttention(nn.Module):
-    """Eq. 2: one two-stream block after ViLBERT; frames ask the narration, the narration asks the frames."""
+    """Eq. 2: one two-stream block after ViLBERT; frames attend to the narration, the narration to the frames."""
 
     def __init__(self, dim: int, dropout: float):
         super().__init__()
@@ -145,14 +146,15 @@ class TemporalEncoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (V, K, D), mask (V, K) -> (V, K, D)."""
-        padding = ~mask & mask.any(dim=1, keepdim=True)  # no key at all would be NaN; nothing reads such a video's rows
+        # A softmax over no key would be NaN. Nobody reads the rows of a video without one real frame.
+        padding = ~mask & mask.any(dim=1, keepdim=True)
         h = x + self.positions[:x.shape[1]]
         for block in self.blocks:
             h = block(h, padding)
         return x + h
 
     def start_from_text_tower(self, clip: nn.Module) -> bool:
-        """Copy CLIP's text positions and first blocks, as the family does; False where the widths differ."""
+        """Copy CLIP's text positions and first blocks, as CLIP4Clip does; False where the widths differ."""
         if clip.positional_embedding.shape[1] != self.positions.shape[1]:
             return False
         with torch.no_grad():
@@ -173,7 +175,7 @@ class Heads(nn.Module):
         super().__init__()
         self.config = config
         dim, temporal = config.dim, (config.dim, config.temporal_layers, config.positions)
-        # Two temporal encoders where Eq. 3 prints one: frames and sentences get their own, as in the released model.
+        # Eq. 3 prints one temporal encoder. Frames and sentences have one each, as in the released model.
         self.temporal_frames = TemporalEncoder(*temporal)
         if "CMI" in config.modules:
             self.co_attention = CoAttention(dim, config.dropout)
@@ -187,14 +189,14 @@ class Heads(nn.Module):
         return self.co_attention(frames, narration, mask, narration_mask)
 
     def enhance(self, frames: Tensor, narration: Tensor | None, mask: Tensor, narration_mask: Tensor | None) -> Videos:
-        """Eqs. 2-3: CLIP features (V, K, D) -> enhanced features; never sees a query, so it runs once a video."""
+        """Eqs. 2-3: CLIP features (V, K, D) -> enhanced features; no query takes part, so it runs once per video."""
         if "CMI" in self.config.modules:
             frames, narration = self.co_attend(frames, narration, mask, narration_mask)
             narration = self.temporal_narration(narration, narration_mask)
         return Videos(self.temporal_frames(frames, mask), narration, mask, narration_mask)
 
     def word_weights(self, words: Tensor, word_mask: Tensor) -> Tensor:
-        """App. A: what a word counts in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
+        """App. A: weights of words in the fine score. words (B, L, D), word_mask (B, L) -> (B, L), rows sum to 1."""
         logits = widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
         return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=1).to(words.dtype)
 
@@ -241,13 +243,13 @@ class NarVid(nn.Module):
         return self.heads.enhance(video, narration, mask, narration_mask)
 
     def load_release(self, state: dict[str, Tensor], source: str) -> None:
-        """A released checkpoint: CLIP under "clip.", the heads under the release's own names (FIELD_NOTES 9)."""
+        """A released checkpoint: CLIP under "clip.", the heads under the released code's names."""
         load_released_towers(self.clip, state, source=source)
         load_weights(self.heads, heads_from_release(state, source=source).state_dict(), source=source)
 
 
 def place_frames(features: Tensor, mask: Tensor) -> Tensor:
-    """The N real frames' features (N, D), in fp32 or wider, at their places of mask (V, K) -> (V, K, D); else zeros."""
+    """Features (N, D) of the N real frames, put where mask (V, K) is True -> (V, K, D) in fp32 or wider; else zeros."""
     features = widen(features)
     placed = features.new_zeros(*mask.shape, features.shape[-1])
     placed[mask] = features
@@ -258,10 +260,10 @@ def place_frames(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def heads_from_release(state_dict: dict[str, Tensor], *, source: str = "released checkpoint") -> Heads:
-    """Heads in eval mode from a released NarVid checkpoint (FIELD_NOTES 9); sizes are read off the shapes.
+    """Heads in eval mode from a released NarVid checkpoint; the shapes of its weights tell the sizes.
 
-    CLIP's keys and the parameters that the release builds but never uses are ignored. Raises ValueError naming `source`
-    and what is missing or of another shape.
+    CLIP's keys and the parameters that the released code builds but never uses are ignored. Raises ValueError naming
+    `source` and what is missing or of another shape.
     """
     state = {}
     for key, value in state_dict.items():
@@ -284,7 +286,7 @@ def heads_from_release(state_dict: dict[str, Tensor], *, source: str = "released
     return heads.eval()
 
 
-_BLOCK = r"co_connetion_transformer_model_block\.0\."  # the release's own spelling
+_BLOCK = r"co_connetion_transformer_model_block\.0\."  # spelled so in the released code
 _RELEASED_NAMES = [
     *[(_BLOCK + pattern.format(n=n, v=v), f"co_attention.{stream}.{name}")
       for stream, n, v in (("frames", 1, "v"), ("narration", 2, "t"))
@@ -302,12 +304,12 @@ _RELEASED_NAMES = [
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half precision -> fp32: towers may compute in fp16 or bf16, softmaxes and all that follows the joint do not."""
+    """Half precision -> fp32: towers may compute in fp16 or bf16; softmaxes, similarity.py and losses.py do not."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def init_linear(module: nn.Module) -> None:
-    """The family's initialisation: N(0, 0.02), biases 0 (attention's packed projections included)."""
+    """CLIP4Clip's initialisation: N(0, 0.02), biases 0 (attention's packed projections included)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

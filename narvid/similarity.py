@@ -51,7 +51,7 @@ def match(queries: Queries, videos: Videos, *, fine: bool = True, block: int | N
 
 
 def kept(queries: Queries, videos: Videos, **filter_options) -> dict[str, Tensor]:
-    """The weights with which each query looks at frames and sentences: what `match` uses, to be shown or counted.
+    """The filter's weights of frames and sentences for every query, as `match` uses them: to be shown or counted.
 
     Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
     None. filter_options: the keyword arguments of `filter_weights`, with its defaults.
@@ -73,7 +73,7 @@ def views_of(videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
 
 def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: float = 0.4, k: int | None = None,
                    temperature: float = 0.1, fidelity: str = "reported") -> Tensor:
-    """Query-aware adaptive filtering (Sec. 3.4, Eq. 4): how much of each frame a query looks at.
+    """Query-aware adaptive filtering (Sec. 3.4, Eq. 4): the weight of each frame for each query.
 
     cosine (B, V, K) of eos and frame (or sentence); mask (V, K). Returns (B, V, K), same dtype: 0 for dropped and
     padded frames, rows sum to 1 (all 0 for a video without one real frame).
@@ -145,7 +145,7 @@ def _keep(weights: Tensor, last: Tensor, count: Tensor) -> Tensor:
 def _heaviest(weights: Tensor, count: int) -> list[Tensor]:
     """The `count` largest of the K weights in descending order, (V, B) each; weights (V, K, B).
 
-    A sorting network on whole (V, B) slices: torch.sort orders each dozen of numbers by itself, several times slower.
+    A sorting network on whole (V, B) slices: torch.sort sorts the K numbers of each pair alone, several times slower.
     """
     slices = list(weights.unbind(dim=1))
     for a, b in _comparators(len(slices), count):
@@ -183,7 +183,7 @@ def _tile_sides(lengths: list[int], videos: Videos) -> tuple[int, int]:
 
 
 class _QueryTile(NamedTuple):
-    """What every video needs of B queries; made once, whatever the number of tiles."""
+    """What is computed once for B queries and used with every video."""
 
     eos: Tensor  # (D, B) float64, of length 1
     words: Tensor | None  # (L, B, D) of length 1
@@ -204,7 +204,7 @@ class _QueryTile(NamedTuple):
 
 
 class _View(NamedTuple):
-    """What every query needs of the frames (or sentences) of V videos."""
+    """What is computed once for the frames (or sentences) of V videos and used with every query."""
 
     mask: Tensor  # (V, K)
     unit: Tensor  # (V, K, D) of length 1
@@ -252,8 +252,8 @@ def _fine(words: Tensor, word_weights: Tensor, frames: Tensor, weights: Tensor, 
 class _Maxima(torch.autograd.Function):
     """The two maxima over s = frames x words: over words (V, K, B), and over the kept frames (V, L, B).
 
-    A maximum's gradient needs to know where it stands. Autograd would keep s and its masked copy for that; computing
-    the product again costs less than the memory, which grows with the square of the batch.
+    The gradient needs the places of the maxima. Autograd would keep s and its masked copy for that, memory that grows
+    with the square of the batch; computing the product again costs less.
     """
 
     @staticmethod
@@ -271,7 +271,7 @@ class _Maxima(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_word: Tensor, of_frame: Tensor):
-        """Each maximum hands its gradient to where it stands, in equal parts to several such places."""
+        """The gradient of a maximum goes to its place; several equal maxima share it in equal parts."""
         words, frames, kept = ctx.saved_tensors
         to_words, to_frames = torch.zeros_like(words), torch.empty_like(frames)
         for rows in _tiles(words, frames):

@@ -180,7 +180,7 @@ def test_both_losses_by_hand():
 
 
 def test_hinge_pulls_the_right_pair_up_and_the_hard_one_down():
-    """The sign of Eq. 8 as turned in DESIGN: as printed, descent would lower the positive."""
+    """The sign of Eq. 8 is that of the released code: as printed, descent would lower the positive."""
     s_v = torch.tensor([[0.5, 0.6], [0.0, 0.5]], dtype=torch.float64, requires_grad=True)
     cross_view_hard_negative(s_v, s_v, lam=0.1, eta=1.0)["hard_video"].backward()
     assert s_v.grad[0, 0] < 0 < s_v.grad[0, 1]

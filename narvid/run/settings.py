@@ -88,8 +88,7 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--select_on", choices=["val", "last", "test"],
                    help="what chooses the epoch [val where val.jsonl exists, else last]")
     g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split every n steps too")
-    g.add_argument("--eval_batch_size", type=positive, default=64,
-                   help="videos or queries encoded at a time; scored in squares of twice as many, on a GPU four times")
+    g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries encoded at a time")
     g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
     g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
     g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
