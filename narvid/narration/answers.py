@@ -50,8 +50,8 @@ def in_a_row(failures: int, answer: str | Failed) -> int:
 
 # The names that models' chat templates use, in <>, [] and Kimi's brackets.
 _NAMES = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
-_OPEN, _CLOSE = (re.compile(rf"[<\[◁]{slash}{_NAMES}[>\]▷]", re.IGNORECASE) for slash in ("", "/"))
-_BLOCK = re.compile(_OPEN.pattern + ".*?" + _CLOSE.pattern, re.IGNORECASE | re.DOTALL)
+OPEN, _CLOSE = (re.compile(rf"[<\[◁]{slash}{_NAMES}[>\]▷]", re.IGNORECASE) for slash in ("", "/"))
+_BLOCK = re.compile(OPEN.pattern + ".*?" + _CLOSE.pattern, re.IGNORECASE | re.DOTALL)
 _TOKENS = r"/?(?:s|pad|unk|bos|eos|mask|image|answer|(?:start|end)_of_(?:text|turn|utterance))"
 # What a tokenizer would take for its own: CLIP's, and those that captioners use.
 _SPECIAL = re.compile(rf"[<＜](?:[|｜][^<>|｜]{{1,40}}[|｜]|{_TOKENS})[>＞]", re.IGNORECASE)
@@ -66,7 +66,7 @@ def sentence(text: object, *, cut: bool, limit: int) -> str | Failed:
         why = f"the token limit of {limit} ended the answer before its first word: raise --max_new_tokens"
         return Failed(why, "cut") if cut else Failed("the answer holds no text", "empty")
     said = _CLOSE.split(_BLOCK.sub(" ", text))[-1]  # a block that the prompt opened has its end alone
-    said, *unfinished = _OPEN.split(said, maxsplit=1)
+    said, *unfinished = OPEN.split(said, maxsplit=1)
     said = _SPECIAL.sub(" ", unescape(unescape(said)))  # CLIP's tokenizer undoes these escapes twice as well
     said = said.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written
     said = " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in said).split())

@@ -18,7 +18,7 @@ from typing import Protocol
 from PIL import Image
 
 from narvid import InputError
-from narvid.narration.answers import Failed, sentence
+from narvid.narration.answers import OPEN, Failed, sentence
 
 # torch and transformers are imported where they are used: a server's client needs neither.
 
@@ -97,8 +97,8 @@ class LocalCaptioner:
         self._model_name, self._load_4bit, self._max_new_tokens = model, load_4bit, max_new_tokens
         self._temperature, self._seed = temperature, seed
         self._template, self.prompt = self._prompt_form(kind, prompt)
-        opened = re.search(r"<\w+>\s*$", self._template or "")  # some templates begin the reasoning themselves
-        self._opened = opened[0] if opened else ""
+        opened = re.search(OPEN.pattern + r"\s*$", self._template or "", re.IGNORECASE)
+        self._opened = opened[0] if opened else ""  # some templates begin the reasoning themselves
         tokenizer = getattr(self._processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.padding_side = "left"  # a decoder goes on where the prompt ends
@@ -184,12 +184,20 @@ class LocalCaptioner:
         prompt = inputs.get("input_ids")  # (N, prompt)
         if prompt is not None and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
-        ends = self._model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=tokens.device).reshape(-1)
-        whole = torch.isin(tokens, ends).any(dim=1).tolist()  # a batch goes on until its last picture's end token
+        whole = torch.isin(tokens, self._ends().to(tokens.device)).any(dim=1).tolist()
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens)
                 for text, ended in zip(texts, whole, strict=True)]  # fmt: skip
+
+    def _ends(self):
+        """The tokens that end an answer, of which a batch goes on until its last picture has one; BLIP's is [SEP]."""
+        import torch
+
+        ends = self._model.generation_config.eos_token_id
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        tokenizer = getattr(self._processor, "tokenizer", None)
+        ends += [getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")]
+        return torch.tensor([end for end in ends if end is not None], dtype=torch.long)
 
     def _inputs(self, pictures: list[Image.Image]):
         if self._template is None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from narvid import InputError
 from narvid.data.narrations import join, load_narrations, to_entry
 from narvid.data.videos import Clip
-from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, kind_of
+from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal
 from narvid.narration.captioners import Captioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.narration.pictures import SAME_FRAME, check_sees, distinct_frames, made_pictures
@@ -114,7 +114,8 @@ class Narrator:
                     f"{STOP_AFTER} frames in a row got no sentence, the last one because: {answer.why}. The files "
                     "before this one are indexed; once that is mended, the same command continues"
                 )
-        return [Failed(KINDS["refused"], "refused") if kind_of(answer) == "refused" else answer for answer in answers]
+        apology = Failed(KINDS["refused"], "refused")
+        return [apology if isinstance(answer, str) and is_refusal(answer) else answer for answer in answers]
 
 
 def _note(sentences: Sequence[str | None], why: str = "") -> str:

@@ -85,6 +85,30 @@ def test_one_frame_or_one_sentence_has_no_rate():
     assert joined(narrate([]), SECONDS) == [None] * 12
 
 
+@pytest.mark.parametrize("left", [[0], [11], [3, 4], [0, 2, 4, 6, 8, 10], [1, 4, 5, 11], range(0, 12, 5), range(11)])
+def test_however_many_sentences_are_missing_the_others_stay(left):
+    narration = narrate([SECONDS[index] for index in left])
+    assert joined(narration, SECONDS) == [f"at {t}" if t in left else None for t in SECONDS]
+    moved = narration._replace(times=[time + 0.2 for time in narration.times])
+    assert joined(moved, SECONDS) == joined(narration, SECONDS)
+
+
+def test_one_sentence_off_its_frame_is_no_other_rate():
+    times = [float(t) for t in range(60)]
+    narration = narrate([*times[:40:2], 41.4])  # a median spacing of two frames
+    assert joined(narration, times) == [f"at {t}" if t < 40 and t % 2 == 0 else None for t in times]
+
+
+def test_sentences_for_other_picks_are_refused_with_their_number():
+    times = [float(t) for t in range(30)]
+    narration = narrate([times[index] for index in pick_frames(30, 12)])
+    assert None not in joined(narration, narration.times, times)
+    with pytest.raises(InputError, match=r"sentence for 12 evenly picked ones of 30, .*\(--max_frames 12\)"):
+        joined(narration, [times[index] for index in pick_frames(30, 16)], times)
+    holes = narration._replace(times=narration.times[1:], sentences=narration.sentences[1:])
+    assert joined(holes, narration.times, times) == [None, *holes.sentences]
+
+
 @pytest.mark.parametrize("spacing", [0.7, 1.25, 1.5, 1.75, 2.5])
 def test_another_frame_rate_is_refused_with_both_spacings(spacing):
     narration = narrate([spacing * k for k in range(round(12 / spacing))])

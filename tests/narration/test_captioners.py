@@ -19,7 +19,7 @@ from test_narrate import make_frames, sentences
 from narvid import InputError
 from narvid.narration import captioners
 from narvid.narration import __main__ as narration
-from narvid.narration.answers import Failed
+from narvid.narration.answers import Cut, Failed
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.pictures import check_sees, made_pictures
 from narvid.data.narrations import load_narrations
@@ -171,6 +171,25 @@ def test_bf16_is_recorded_and_used(llava, pictures):
     local = captioner(llava, dtype="bf16")
     assert all(isinstance(answer, str) for answer in local.caption(pictures[:2]))
     assert {p.dtype for p in local._model.parameters()} == {torch.bfloat16} and " bf16 greedy" in local.label
+
+
+def test_an_answer_is_cut_where_the_limit_comes_before_the_model_s_own_end(llava, pictures):
+    local = captioner(llava)
+    answers = local.caption(pictures)
+    assert {type(answer) for answer in answers} == {Cut}
+    words = answers[0].split()
+    local._model.generation_config.eos_token_id = local._processor.tokenizer.convert_tokens_to_ids(words[3])
+    ends = [words[3] in answer.split() for answer in answers]
+    assert len(set(ends)) == 2  # one batch has both
+    ended = local.caption(pictures)
+    assert [type(answer) is str for answer in ended] == ends
+    assert ended[0].split() == words[: words.index(words[3]) + 1]
+
+
+def test_a_block_that_the_template_opens_and_nobody_closes_is_no_sentence(pictures, tmp_path):
+    thinks = captioner(save_llava(tmp_path, template=TEMPLATE + " <think>\n"))
+    [answer] = thinks.caption(pictures[:1])
+    assert answer.kind == "cut" and "limit of 8" in answer.why
 
 
 def test_blip_takes_the_picture_alone(tmp_path, pictures):

@@ -742,6 +742,56 @@ def test_a_captioner_that_is_down_or_blind_stops_the_run(tmp_path, videos):
         update(videos, tmp_path / "i", Fake(), captioner=blind)
 
 
+@pytest.fixture
+def server():
+    """The captioning server of the narration's tests."""
+    pytest.importorskip("openai")
+    from test_narrate import Server
+
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_refused_pictures_and_apologies_are_frames_without_a_sentence_and_end_nothing(tmp_path, videos, server):
+    from test_chat_server import APOLOGY, POLICY
+    from test_narrate import chat, sentence_of
+
+    clip(videos / "e.mp4", 20)
+    answers, now = {"e.mp4": POLICY, "b/c.mkv": chat(APOLOGY)}, [""]
+    server.answer = lambda picture: answers.get(now[-1]) or chat(sentence_of(picture))
+    captioner = ServerCaptioner(server.url, "m")
+    caption = captioner.caption
+    captioner.caption = lambda pictures, keys=None: (
+        now.append(keys[0].rpartition(" ")[0] if keys else "") or caption(pictures, keys))
+    update(videos, tmp_path / "i", Fake(), captioner=captioner, window=5)
+    found = sentences(tmp_path / "i")
+    assert set(found["e.mp4"]) == set(found["b/c.mkv"]) == {None} and None not in found["a.mp4"] + found["d.mp4"]
+    with Store(tmp_path / "i", read_only=True) as store:
+        notes = {file.path: file.note for file in store.files() if file.note}
+    assert notes["b/c.mkv"] == "4 of 4 frames without a sentence (an apology or a refusal)"
+    assert re.fullmatch(r"20 of 20 frames without a sentence \(.*400: The picture was refused by .*\)", notes["e.mp4"])
+
+
+def test_an_index_records_the_parameters_that_a_server_does_not_take(tmp_path, videos, server):
+    from test_chat_server import picky
+
+    server.refuse = picky(temperature=True)
+    update(videos, tmp_path / "i", Fake(), captioner=ServerCaptioner(server.url, "m"))
+    label = "m server greedy max_new_tokens=77 without=temperature same_frame=5"
+    with Store(tmp_path / "i", read_only=True) as store:
+        assert store.settings["captioner"] == label
+    clip(videos / "f.mp4", 3)
+    server.bodies.clear()
+    assert update(videos, tmp_path / "i", Fake(), captioner=ServerCaptioner(server.url, "m")).added == 1
+    assert server.bodies and not any("temperature" in body for _, _, body in server.bodies)
+    server.refuse = picky(max_tokens=True)
+    clip(videos / "g.mp4", 3)
+    with pytest.raises(InputError, match="no sentence for a first picture .*max_completion_tokens"):
+        update(videos, tmp_path / "i", Fake(), captioner=ServerCaptioner(server.url, "m"))
+
+
 def test_a_server_is_asked_for_many_frames_at_once(tmp_path):
     class Server(Captioner, ServerCaptioner):
         pass
