@@ -50,8 +50,8 @@ def in_a_row(failures: int, answer: str | Failed) -> int:
 
 # The names that models' chat templates use, in <>, [] and Kimi's brackets.
 _NAMES = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
-OPEN, _CLOSE = (re.compile(rf"[<\[◁]{slash}{_NAMES}[>\]▷]", re.IGNORECASE) for slash in ("", "/"))
-_BLOCK = re.compile(OPEN.pattern + ".*?" + _CLOSE.pattern, re.IGNORECASE | re.DOTALL)
+OPEN = re.compile(rf"[<\[◁]{_NAMES}[>\]▷]", re.IGNORECASE)
+_TAG = re.compile(rf"[<\[◁](/?){_NAMES}[>\]▷]", re.IGNORECASE)
 _TOKENS = r"/?(?:s|pad|unk|bos|eos|mask|image|answer|(?:start|end)_of_(?:text|turn|utterance))"
 # What a tokenizer would take for its own: CLIP's, and those that captioners use.
 _SPECIAL = re.compile(rf"[<＜](?:[|｜][^<>|｜]{{1,40}}[|｜]|{_TOKENS})[>＞]", re.IGNORECASE)
@@ -65,16 +65,31 @@ def sentence(text: object, *, cut: bool, limit: int) -> str | Failed:
     if not isinstance(text, str):
         why = f"the token limit of {limit} ended the answer before its first word: raise --max_new_tokens"
         return Failed(why, "cut") if cut else Failed("the answer holds no text", "empty")
-    said = _CLOSE.split(_BLOCK.sub(" ", text))[-1]  # a block that the prompt opened has its end alone
-    said, *unfinished = OPEN.split(said, maxsplit=1)
-    said = _SPECIAL.sub(" ", unescape(unescape(said)))  # CLIP's tokenizer undoes these escapes twice as well
-    said = said.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written
-    said = " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in said).split())
+    said, unfinished = _without_reasoning(text)
+    said = one_line(_SPECIAL.sub(" ", unescape(unescape(said))))  # CLIP's tokenizer undoes these escapes twice as well
     if any(c.isalnum() for c in said):
         return Cut(said) if cut else said
     if cut or unfinished:
         return Failed(f"the token limit of {limit} ended the answer in its reasoning: raise --max_new_tokens", "cut")
     return Failed("the answer is empty", "empty")
+
+
+def _without_reasoning(text: str) -> tuple[str, bool]:
+    """(what stands outside of blocks, whether the last block is unfinished); whatever it holds, a block ends once."""
+    parts, inside, position = [], False, 0
+    for tag in _TAG.finditer(text):
+        if not inside:
+            parts.append(text[position : tag.start()])
+        if tag[1] and not inside:
+            parts = []  # the prompt has opened this block
+        inside, position = not tag[1], tag.end()
+    return " ".join(parts if inside else [*parts, text[position:]]), inside
+
+
+def one_line(text: str) -> str:
+    """A text as it can be stored: without line breaks, control characters and half surrogate pairs."""
+    text = text.encode("utf-8", "replace").decode()
+    return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
 
 
 # ---- refusals ----

@@ -18,7 +18,7 @@ from typing import Protocol
 from PIL import Image
 
 from narvid import InputError
-from narvid.narration.answers import OPEN, Failed, sentence
+from narvid.narration.answers import OPEN, Failed, one_line, sentence
 
 # torch and transformers are imported where they are used: a server's client needs neither.
 
@@ -233,7 +233,7 @@ def seed_of(seed: int, key: str | None) -> int:
 
 def first_line(error: Exception | str) -> str:
     """The first line of an error's message; libraries add advice below."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
 def optional(name: str):

@@ -66,6 +66,7 @@ class ServerCaptioner:
         openai = optional("openai")
         self._url, self._model, self._max_new_tokens = _address(url), model, max_new_tokens
         self._temperature, self._seed, self._timeout = temperature, seed, timeout
+        self._shown = re.sub(r"(?<=//)[^/@]*@|\?.*", "", self._url)  # without what is nobody's business
         key = _key(api_key_env)
         try:
             http = openai.DefaultHttpxClient(event_hooks={"response": [self._end_in_time]})
@@ -102,16 +103,16 @@ class ServerCaptioner:
         self._wait_for_turn()
         try:
             return self._sentence(self._client.chat.completions.create(**self._request(picture, key)))
-        except openai.APIError as error:
+        except (openai.APIError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):  # of _end_in_time
+                return self._failed(f"no whole answer within {self._timeout:g} s")
             name = _refused_parameter(error)
             if name and key is None and self._may_change and name not in self._without:
                 self._without.add(name)
-                print(f"{self._url} does not take {name} ({_message(error)}): {INSTEAD[name]}", flush=True)
+                print(f"{self._shown} does not take {name} ({_message(error)}): {INSTEAD[name]}", flush=True)
                 return self._ask(picture, key)
             status = getattr(error, "status_code", type(error).__name__)  # timeouts and broken connections have none
-            return self._failed(f"{status}: {_message(error)}", error.code)
-        except TimeoutError:
-            return self._failed(f"no whole answer within {self._timeout:g} s")
+            return self._failed(f"{status}: {_message(error)}", error.code, status)
         except (ValueError, TypeError, AttributeError, LookupError):  # a page, half a JSON, no choices
             return self._failed("the answer is no chat completion")
 
@@ -137,12 +138,13 @@ class ServerCaptioner:
             said = "".join(part["text"] for part in parts if part.get("type", "text") in ("text", "output_text"))
         refusal = getattr(choice.message, "refusal", None)
         if end == "content_filter" or (refusal and not said):
-            return Failed(f"{self._url}: the picture was refused: {refusal or end}", "refused")
+            return Failed(f"{self._shown}: the picture was refused: {first_line(refusal or end)}", "refused")
         return sentence(said, cut=end in ("length", "max_tokens"), limit=self._max_new_tokens)
 
-    def _failed(self, why: str, code: object = None) -> Failed:
+    def _failed(self, why: str, code: object = None, status: int | str = 400) -> Failed:
         """A refused picture, for its content, says nothing of the next one; any other failure does."""
-        return Failed(f"{self._url}: {why}", "refused" if _CONTENT.search(f"{code} {why}") else "failed")
+        refused = status in (400, 403, 422, 451) and _CONTENT.search(f"{code} {why}")
+        return Failed(f"{self._shown}: {why}", "refused" if refused else "failed")
 
     def _end_in_time(self, response) -> None:
         """The library's timeout starts again with each byte: a server that sends one now and then would never end."""

@@ -1,9 +1,15 @@
 """narvid/narration/answers.py: reasoning, refusals, cut and empty answers, and text that a tokenizer would mistake."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from narvid.data.datasets import tokenize
 from narvid.narration.answers import Cut, Failed, in_a_row, is_refusal, kind_of, sentence
+
+REAL = Path(os.environ.get("NARVID_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "real"))
 
 
 def told(text, cut=False):
@@ -132,6 +138,16 @@ def test_refusals(text):
 @pytest.mark.parametrize("text", CAPTIONS)
 def test_captions_about_apologies_are_none(text):
     assert not is_refusal(text) and kind_of(text) == ""
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no captions in {REAL}; set NARVID_REAL_DATA")
+def test_of_what_people_say_about_videos_nothing_is_a_refusal():
+    """ActivityNet's val_1 (17,505 sentences) and DiDeMo's val and test (8,201); of MSR-VTT's 200,000 one is."""
+    said = [text for video in json.loads((REAL / "activitynet" / "val_1.json").read_text()).values()
+            for text in video["sentences"]]
+    said += [entry["description"] for name in ("val", "test")
+             for entry in json.loads((REAL / "didemo" / f"{name}_data.json").read_text())]
+    assert len(said) > 20_000 and not [text for text in said if is_refusal(text)]
 
 
 def test_only_a_refused_picture_says_nothing_of_the_next():

@@ -116,6 +116,20 @@ def test_what_every_picture_gets_ends_the_run_at_once_in_one_sentence(frames, tm
     assert server.asked.total() <= 4 and not (tmp_path / "n.jsonl").exists()
 
 
+def test_no_secret_and_no_odd_character_of_a_server_s_message_is_stored(frames, tmp_path, server):
+    server.url = server.url.replace("//", "//me:secret@") + "/v1?key=secret"
+    answers(server, frames, {("a", 1): refusal("half \ud83d\0\nsecond line"),
+                             ("b", 0): chat(None, refusal="No\0.\ud83d")})
+    out = tmp_path / "n.jsonl"
+    run(frames, out, server)
+    stored = [path.read_text() for path in tmp_path.rglob("*.jsonl")]
+    assert len(stored) == 3 and not any("secret" in text or "\\u0000" in text for text in stored)
+    assert [line["kind"] for line in read_lines(tmp_path / "n.failed.jsonl")] == ["failed", "refused"]
+    answers(server, frames, {})
+    run(frames, out, server)
+    assert sentences(out) == told(frames, VIDEOS)
+
+
 # ---- what a server wraps around a sentence ----
 
 
