@@ -10,27 +10,27 @@ import argparse
 import contextlib
 import os
 import random
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from narvid import InputError, distributed
-from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader, read_queries
+from narvid.data.datasets import FrameDataset, PairSampler, Split, collate, make_loader, read_queries
 from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, show_kept,
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
-from narvid.model import TemporalBlock
-from narvid.profiling import Profile, all_reduce, stage
+from narvid.profiling import Interval, Profile, all_reduce, stage
 from narvid.progress import tqdm
-from narvid.run import optim
-from narvid.run.build import build_model, encoding_of, load_data
-from narvid.run.feature_cache import with_features
+from narvid.run import optim, same_run
+from narvid.run.build import build_model, encoding_of, load_data, with_cached_features
+from narvid.run.endings import Signals, Stopped, in_one_sentence
 from narvid.run.gradient_cache import backward_in_parts
 from narvid.run.run_dir import RunDir
 from narvid.run.settings import autocast, parse_args
@@ -111,15 +111,21 @@ def plain(model) -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final: bool = False) -> dict:
-    """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation."""
-    model = plain(model).eval()
+def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final: bool = False,
+             bank: list[str] | None = None) -> dict:
+    """One split -> {"split", "metrics", "dsl"?, "qb_norm"?, ...}; post-processing is for the final evaluation.
+
+    bank: other queries, for QB-Norm.
+    """
+    trained = plain(model).eval()
+    model = trained if args.eval_precision == "train" else optim.in_fp32(trained)
     split = splits[name]
     encoding = encoding_of(model, args, world)
     videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
-              "videos_without_narration": len(split.skipped), "videos_missing": split.missing}
+              "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
+              "eval_precision": args.eval_precision}
     truth = (split.video_of_query, partial(model.combine, weight=args.fusion_weight))
     result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth), world)
     if final and world.rank == 0:
@@ -132,17 +138,15 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
         run.log(show_kept(model, args.show_kept, split, videos, scores, encoding, world, truth[1]))
     if final and args.dsl_scale:
         result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
-    if final and args.qb_norm_queries:
-        queries = read_queries(Path(args.data_dir, "train.jsonl"))
-        queries = random.Random(args.seed).sample(queries, min(args.qb_norm_queries, len(queries)))
-        bank = score_queries(model, queries, videos, encoding, world)
-        result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, bank, *truth), world)
+    if final and bank:
+        of_bank = score_queries(model, bank, videos, encoding, world)
+        result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, of_bank, *truth), world)
     if final and args.save_similarity:
         names = {"video": "S_qv", "narration": "S_qn"}
         run.save_arrays("similarity.npz", {"video_of_query": split.video_of_query, "videos": np.array(split.videos),
                                            "queries": np.array(split.queries),
                                            **{names.get(view, f"S_{view}"): s.numpy() for view, s in scores.items()}})
-    model.train()
+    trained.train()
     return result
 
 
@@ -151,146 +155,250 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """One run -> the test metrics {"S_qv" | "S_qn" | "S_sum" | "S_fusion": what retrieval_metrics returns}."""
-    args = parse_args(argv)
-    try:
-        return run_task(args, distributed.start())["metrics"]
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        distributed.stop()
+    with in_one_sentence(), Signals() as signals:
+        args, error = None, None
+        try:
+            args = parse_args(argv)
+        except SystemExit as left:
+            if not isinstance(left.code, str):  # --help
+                raise
+            error = left.code.removeprefix("error: ")
+        world = distributed.start(args.rank_timeout) if args else distributed.start()
+        distributed.agree(error, world)
+        with contextlib.closing(RunDir(args.output_dir, vars(args), writes=world.rank == 0)) as run:
+            return run_task(args, world, run, signals)["metrics"]
 
 
-def run_task(args: argparse.Namespace, world: distributed.World) -> dict:
-    run = RunDir(args.output_dir, vars(args), resume=args.resume == "auto", writes=world.rank == 0)
-    if args.resume == "auto" and (result := run.final_result()):
-        run.log(f"{args.output_dir}: this run has ended\n{show(result)}")
-        return result
-    seed_everything(args)
-    splits = load_data(args, world)
-    model = build_model(args)
-    model.to(world.device)
-    if args.feature_cache:
-        splits = with_features(splits, args.feature_cache, model.clip, encoding_of(model, args, world), world)
-    test = partial(evaluate, splits=splits, name="test", args=args, world=world, run=run, final=True)
-    if args.eval_only:
-        run.open()
-        return finish(run, [], test(model) | model.progress)
+def run_task(args: argparse.Namespace, world: distributed.World, run: RunDir, signals: Signals) -> dict:
+    """All of a run, from where its folder says that it is -> its final result."""
+    with signals.at_once():
+        last, ended = begin(args, world, run)
+        if ended:
+            run.log(f"{args.output_dir}: this run has ended\n{show(ended)}")
+            return ended
+        seed_everything(args)
+        with distributed.together(world):
+            model = build_model(args, last)
+            run.try_writing(model, trained=not args.eval_only)
+            bank = read_queries(Path(args.data_dir, "train.jsonl")) if args.qb_norm_queries else []
+        model.to(world.device)
+        splits = load_data(args, world)
+        with distributed.together(world):
+            identity = same_run.identity_of(args, splits, world)
+        distributed.check_same(identity["data"], world)
+        with distributed.together(world):
+            said = same_run.check(args.output_dir, last, identity, args) if last and world.rank == 0 else []
+        if args.feature_cache:
+            splits = with_cached_features(splits, model, args, world)
+        test = partial(evaluate, splits=splits, name="test", args=args, world=world, run=run, final=True,
+                       bank=random.Random(args.seed).sample(bank, min(args.qb_norm_queries, len(bank))))
+        if args.eval_only:
+            run.open()
+            return finish(run, [], test(model) | model.progress)
+        with distributed.together(world):
+            parts = training_parts(model, splits["train"], args, world)
+            progress = resume(run, last, parts)
+        progress, last = distributed.from_first(lambda: progress, world), None
+        with distributed.together(world):
+            run.open(tensorboard=args.tensorboard, step=progress["global_step"])
+            if progress["global_step"]:  # it must not keep evaluations of steps that are run again
+                run.write_results(progress["results"])
+            for sentence in said:
+                run.log(sentence)
+    train(parts, progress, splits, identity, args, world, run, signals)
+    with signals.at_once():
+        best = run.load("best.pt") if world.rank == 0 else None
+        if best:
+            model.load_state_dict(best["model"])
+        distributed.spread(model, world)
+        of_best = distributed.from_first(lambda: {name: best[name] for name in ("epoch", "step")}, world)
+        return finish(run, progress["results"], test(model) | of_best)
 
-    train = splits["train"]
-    sampler = PairSampler(len(train.queries), args.batch_size, rank=world.rank, world_size=world.size,
-                          seed=args.seed, accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(train, train.video_of_query, model.clip.config.image_size, cache=args.cache_frames,
+
+class Training(NamedTuple):
+    """What is trained, and with what."""
+
+    model: torch.nn.Module
+    split: Split
+    sampler: PairSampler
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def training_parts(model: torch.nn.Module, split: Split, args: argparse.Namespace,
+                   world: distributed.World) -> Training:
+    """The training split's batches for this rank, and the optimiser."""
+    sampler = PairSampler(len(split.queries), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
+                          accumulation=args.gradient_accumulation_steps)
+    dataset = FrameDataset(split, split.video_of_query, model.clip.config.image_size, cache=args.cache_frames,
                            seed=args.seed, segments=args.max_frames if args.frame_sampling == "segments" else None)
-    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    to_batch = partial(collate, split=split, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
     loader = make_loader(dataset, to_batch, sampler, num_workers=args.num_workers)
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,
                                       weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
-    progress = resume(run, model, optimizer, scaler)
-    run.open(tensorboard=args.tensorboard, step=progress["global_step"])
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-    profile = Profile(args.profile, world.device)
-    if args.profile and world.size > 1:
-        wrapped.register_comm_hook(None, all_reduce)
-    run.log(f"{len(train.queries)} pairs of {len(train.videos)} videos, {sampler.steps} steps an epoch; {world.size} "
-            f"process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step {progress['step']}")
+    return Training(model, split, sampler, loader, optimizer, scaler)
 
-    def save(name: str) -> None:
+
+def train(parts: Training, progress: dict, splits: dict[str, Split], identity: dict, args: argparse.Namespace,
+          world: distributed.World, run: RunDir, signals: Signals) -> None:
+    """From `progress` to the last epoch; best.pt and last.pt are written. A signal ends it with Stopped."""
+    model, saved_at = parts.model, [time.monotonic()]
+
+    def write(name: str) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good "
                              "checkpoint is kept, lower the learning rates")
         # What a checkpoint says of its choice: only best.pt was chosen.
         stored = vars(args) | ({"select_on": "last"} if name == "last.pt" else {})
-        state = {"model": model.state_dict(), "clip_config": asdict(model.clip.config), "args": stored, **progress}
+        state = {"model": model.state_dict(), "clip_config": asdict(model.clip.config), "args": stored,
+                 "identity": identity, **progress}
         if name == "last.pt":
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"optimizer": parts.optimizer.state_dict(), "scaler": parts.scaler.state_dict()}
         run.save(name, state)
+        saved_at[0] = time.monotonic()
+
+    def save(name: str) -> None:
+        with distributed.together(world):
+            write(name)
+
+    def heed(error: Exception | None = None) -> None:
+        """Between two steps: all ranks end if one has failed or got a signal; rank 0's clock saves for all."""
+        if isinstance(error, RuntimeError) and not signals.number:
+            raise error  # with a signal: it went to the loader's workers too
+        failed, due = isinstance(error, InputError), 0 < 60 * args.save_every_minutes < time.monotonic() - saved_at[0]
+        failed, number, due = distributed.highest([failed, signals.number, due and world.rank == 0], world)
+        if failed:
+            distributed.agree(error and str(error), world)
+        if number:
+            raise Stopped(number)
+        if due:
+            save("last.pt")
 
     def select() -> None:
         """Evaluate the split that chooses the epoch, keep the best; then write last.pt, which knows of both."""
         if args.select_on != "last":
-            result = evaluate(model, splits, args.select_on, args, world, run)
+            heed()
+            with signals.at_once():
+                result = evaluate(model, splits, args.select_on, args, world, run)
             result |= {"epoch": progress["epoch"], "step": progress["step"]}
             progress["results"].append(result)
             run.log(show(result))
             run.scalars({f"{args.select_on}/R@1": selection_score(result)}, progress["global_step"])
+            progress["to_select"] = False
             if selection_score(result) > progress["best"]:
                 progress["best"] = selection_score(result)
                 save("best.pt")
             run.write_results(progress["results"])
+        progress["to_select"] = False
         save("last.pt")
 
-    while progress["epoch"] < args.epochs:
-        train_one_epoch(wrapped, loader, sampler, optimizer, scaler, progress, train, args, world, run, profile,
-                        save=partial(save, "last.pt"), select=select)
+    try:
+        train_epochs(parts, progress, args, world, run, save=partial(save, "last.pt"), select=select, heed=heed)
+    except (Stopped, RuntimeError) as end:
+        # What was interrupted, a step before its update or an evaluation, had changed nothing yet.
+        if isinstance(end, Stopped) or distributed.is_lost(end):
+            write("last.pt")
+            end.saved = f"last.pt holds epoch {progress['epoch'] + 1}, step {progress['step']}"
+        raise
     if args.select_on == "last":
         save("best.pt")
-    distributed.barrier(world)  # rank 0 has written best.pt
-    best = run.load("best.pt")
-    model.load_state_dict(best["model"])
-    return finish(run, progress["results"], test(model) | {"epoch": best["epoch"], "step": best["step"]})
 
 
-def resume(run: RunDir, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler) -> dict:
-    """Where to go on: 1. weights, 2. optimiser, 3. loss scale, 4. progress and results so far.
+def begin(args: argparse.Namespace, world: distributed.World, run: RunDir) -> tuple[dict | None, dict | None]:
+    """Own the run's folder -> what it holds of this run: last.pt and, if the run has ended, its final result."""
+    with distributed.together(world):
+        before = run.own(resume=args.resume == "auto")
+        if before is not None:
+            same_run.check_settings(args.output_dir, before, args)
+    last = ended = None
+    with distributed.together(world):
+        last = run.load("last.pt") if args.resume == "auto" and not args.eval_only else None
+        # At another path the data may be another: then it is read and compared before the result is told.
+        if before is not None and all(before.get(name) == getattr(args, name, None) for name in same_run.OF_DATA):
+            ended = run.final_result()
+    distributed.check_same({name: last[name] if last else 0 for name in ("epoch", "step", "global_step")}, world)
+    return last, distributed.from_first(lambda: ended, world)
+
+
+def resume(run: RunDir, last: dict | None, parts: Training) -> dict:
+    """Where to go on: progress and results so far; the optimiser and the loss scale take theirs from last.pt.
 
     Nothing random is stored: the order of samples comes from (seed, epoch), dropout from (seed, step, rank).
     """
-    state = run.load("last.pt")
     fresh = {"epoch": 0, "step": 0, "global_step": 0, "best": -1.0, "results": []}
-    if state is None:
-        return fresh
-    if (state["clip_config"].get("temporal_quick_gelu", True) != model.clip.config.temporal_quick_gelu
-            and any(isinstance(module, TemporalBlock) for module in model.modules())):
-        raise InputError(f"{run.path}: was started by an earlier version, whose temporal blocks ran with QuickGELU; "
-                         f"start a new run with --checkpoint {run.path / 'last.pt'}, which keeps it")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    run.write_results(state["results"])
-    progress = {key: state[key] for key in fresh}
+    if last is None:
+        return fresh | {"to_select": False}
+    try:
+        parts.optimizer.load_state_dict(last["optimizer"])
+        parts.scaler.load_state_dict(last["scaler"])
+        progress = {key: last[key] for key in fresh} | {"to_select": last.get("to_select", False)}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise run.damaged("last.pt", f"{run.path / 'last.pt'}: is damaged ({error})") from error
     best = run.load("best.pt")
     if best and best["global_step"] > progress["global_step"]:
         progress["best"] = fresh["best"]  # written just before the kill; on a GPU its score may not come again
     return progress
 
 
-def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, progress: dict, split, args, world,
-                    run: RunDir, profile: Profile, *, save, select) -> None:
+def train_epochs(parts: Training, progress: dict, args, world, run: RunDir, *, save, select, heed) -> None:
+    """All epochs that are left; `progress` is always that of the last whole step."""
+    model = DistributedDataParallel(parts.model, gradient_as_bucket_view=True) if world.size > 1 else parts.model
+    profile = Profile(args.profile, world.device)
+    if args.profile and world.size > 1:
+        model.register_comm_hook(None, all_reduce)
+    run.log(f"{len(parts.split.queries)} pairs of {len(parts.split.videos)} videos, {parts.sampler.steps} steps an "
+            f"epoch; {world.size} process(es), {world.device.type}; from epoch {progress['epoch'] + 1}, step "
+            f"{progress['step']}")
+    if progress["to_select"]:  # a signal came before the evaluation was over
+        select()
+    while progress["epoch"] < args.epochs:
+        train_one_epoch(model, parts, progress, args, world, run, profile, save=save, select=select, heed=heed)
+    if said := profile.cut_short():
+        run.log(said)
+
+
+def train_one_epoch(model, parts: Training, progress: dict, args, world, run: RunDir, profile: Profile, *, save, select,
+                    heed) -> None:
     """From progress["step"] to the end of progress["epoch"]; leaves progress at the start of the next epoch."""
-    epoch, total = progress["epoch"], sampler.steps * args.epochs
+    epoch, sampler = progress["epoch"], parts.sampler
     sampler.set(epoch, progress["step"])
-    loader.dataset.epoch.fill_(epoch)
-    batches, interval = iter(loader), Interval(world.device)
+    parts.loader.dataset.epoch.fill_(epoch)
+    batches, interval = iter(parts.loader), Interval(world.device)
     steps = tqdm(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,
                  desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=world.rank > 0)
     for step in steps:
-        factor = optim.warmup_cosine(progress["global_step"] / total, args.warmup)
-        optim.set_lr(optimizer, factor)
+        factor = optim.warmup_cosine(progress["global_step"] / (sampler.steps * args.epochs), args.warmup)
+        optim.set_lr(parts.optimizer, factor)
         seed = np.random.SeedSequence([args.seed, progress["global_step"], world.rank])
         torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
         with profile.step():
+            of_step, error = [], None
             with stage("data"), interval.waiting():
-                of_step = [next(batches) for _ in range(args.gradient_accumulation_steps)]
-            parts, norm = train_step(model, of_step, optimizer, scaler, f"epoch {epoch + 1}, step {step + 1}", split,
-                                     args, world)
+                try:
+                    of_step += [next(batches) for _ in range(args.gradient_accumulation_steps)]
+                except (InputError, RuntimeError) as bad:
+                    error = bad
+            heed(error)
+            values, norm = train_step(model, of_step, parts.optimizer, parts.scaler,
+                                      f"epoch {epoch + 1}, step {step + 1}", parts.split, args, world)
         if table := profile.table():
             run.log(table)
-        progress["step"], progress["global_step"] = step + 1, progress["global_step"] + 1
-        loss = sum(parts.values())
+        ends = step + 1 == sampler.steps
+        progress |= {"epoch": epoch + ends, "step": 0 if ends else step + 1, "global_step": progress["global_step"] + 1,
+                     "to_select": bool(ends or args.eval_every and (step + 1) % args.eval_every == 0)}
+        loss = sum(values.values())
         steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
         interval.pairs += args.batch_size
         if progress["global_step"] % args.log_every == 0:
-            values = {"loss": loss, **parts, "lr": factor * args.lr, "clip_lr": factor * args.clip_lr,
-                      "gradient_norm": norm, "scale": plain(model).clip.logit_scale.exp().item(),
+            values = {"loss": loss, **values, "lr": factor * args.lr, "clip_lr": factor * args.clip_lr,
+                      "gradient_norm": norm, "scale": parts.model.clip.logit_scale.exp().item(),
                       **interval.measured()}
             run.log(f"{time.strftime('%H:%M:%S')} epoch {epoch + 1} step {step + 1}/{sampler.steps} "
                     + " ".join(f"{name} {value:{FORMATS.get(name, '.4f')}}" for name, value in values.items()))
             run.scalars(values, progress["global_step"])
-        if step + 1 == sampler.steps:
-            progress["epoch"], progress["step"] = epoch + 1, 0
-            select()
-        elif args.eval_every and (step + 1) % args.eval_every == 0:
+        if progress["to_select"]:
             select()
         elif args.save_every and (step + 1) % args.save_every == 0:
             save()
@@ -298,33 +406,6 @@ def train_one_epoch(model, loader, sampler: PairSampler, optimizer, scaler, prog
 
 FORMATS = {"lr": ".2e", "clip_lr": ".2e", "scale": ".1f", "gradient_norm": ".3g", "pairs/s": ".1f",
            "data_wait": ".0%", "peak_GiB": ".1f"}  # of a logged value; a loss has four decimals
-
-
-class Interval:
-    """What is measured between two logged lines: pairs a second, the share of time waiting for data, peak memory."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._begin()
-
-    def _begin(self) -> None:
-        self.start, self.waited, self.pairs = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """The time inside is spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def measured(self) -> dict[str, float]:
-        """{"pairs/s", "data_wait"} since the last call, and on a GPU "peak_GiB" so far."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        values = {"pairs/s": self.pairs / seconds, "data_wait": self.waited / seconds}
-        if self.device.type == "cuda":
-            values["peak_GiB"] = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-        self._begin()
-        return values
 
 
 def finish(run: RunDir, results: list[dict], result: dict) -> dict:

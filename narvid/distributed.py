@@ -1,12 +1,15 @@
 """The only file that knows rank and world size: start, gather with gradient, sharing work, speaking with one voice.
 
-Works three ways without a flag: plain python (one process), torchrun on CPU (gloo), torchrun on GPUs (nccl).
+Works three ways without a flag: plain python (one process), torchrun on CPU (gloo), torchrun on GPUs (nccl for tensors
+there, gloo for what processes say to each other).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +28,15 @@ class World(NamedTuple):
     device: torch.device
 
 
-def start() -> World:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+class SaidByAll(InputError):
+    """What one process found and all of them raise: one voice is enough."""
+
+
+def start(minutes: float = 30.0) -> World:
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    minutes: how long one process waits for another before it takes it for lost (is_lost).
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -36,13 +46,15 @@ def start() -> World:
                              "many processes as there are GPUs")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: else a convolution's digits change with the batch
     else:
         # The CPU's fused attention is made for long sequences: its backward over frames and captions of a few dozen
         # tokens takes several times the plain products'.
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bf16 stays bf16 in those products
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=minutes))
     return World(rank, size, device)
 
 
@@ -50,6 +62,12 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this error says that another process has ended, or has not answered in time."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and (
+        "gloo" in str(error) or "NCCL" in str(error) or "Connection closed by peer" in str(error))
 
 
 class _Gather(torch.autograd.Function):
@@ -129,13 +147,64 @@ def total(count: int, world: World) -> int:
     return int(summed)
 
 
-def agree(error: str | None, world: World) -> str | None:
-    """The first rank's error, if any has one, on every rank: all stop together, nobody waits for a dead peer."""
+def agree(error: str | None, world: World) -> None:
+    """Raise the first rank's error, if any has one, on every rank: all stop together, nobody waits for a dead peer."""
+    errors = everybody(error, world)
+    if first := next((e for e in errors if e), None):
+        raise SaidByAll(first)
+
+
+@contextlib.contextmanager
+def together(world: World) -> Iterator[None]:
+    """What the block raises as an InputError on one rank, all raise.
+
+    Inside, ranks may speak to each other by `agree` alone: one that failed is heard at the next.
+    """
+    error = None
+    try:
+        yield
+    except SaidByAll:
+        raise
+    except InputError as e:
+        error = str(e)
+    agree(error, world)
+
+
+def everybody(value: Any, world: World) -> list:
+    """The value of each rank, on every rank; for small ones."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_same(what: dict[str, Any], world: World) -> None:
+    """InputError on every rank, which names rank and keys, unless all ranks have equal values."""
+    first, *others = everybody(what, world)
+    for rank, other in enumerate(others, 1):
+        differ = [key for key in first | other if first.get(key) != other.get(key)]
+        if differ:
+            told = ", ".join(f"{key} {other.get(key)} there, {first.get(key)} on process 0" for key in differ[:4])
+            raise SaidByAll(f"process {rank} sees another run than process 0 ({told}); all of them must see the same "
+                            "data and one --output_dir")
+
+
+def highest(numbers: list[int], world: World) -> list[int]:
+    """Of each number the highest that any rank has; by way of the CPU, in a fraction of a millisecond."""
     if world.size == 1:
-        return error
-    errors: list[str | None] = [None] * world.size
-    dist.all_gather_object(errors, error)
-    return next((e for e in errors if e), None)
+        return numbers
+    with stage("communication"):
+        found = torch.tensor(numbers)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def spread(model: torch.nn.Module, world: World) -> None:
+    """Give every rank the weights of rank 0."""
+    if world.size > 1:
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
 
 
 def from_first(make: Callable[[], Any], world: World) -> Any:

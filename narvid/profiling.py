@@ -66,6 +66,16 @@ class Profile:
             now.record()
         self.marks.append((now, self.stack[-1] if self.stack else None))
 
+    def cut_short(self) -> str | None:
+        """At the end of a run that had too few steps: what was measured of them, and a sentence; else None."""
+        asked, measured = self.steps, self.seen - self.warm_up
+        if measured >= asked:
+            return None
+        self.steps = max(measured, 0)
+        said = (f"--profile {asked}: the run ended after {self.seen} steps, of which the first {self.warm_up} are not "
+                "measured")
+        return "\n".join(filter(None, [self.table(), said]))
+
     def table(self) -> str | None:
         """Once all steps are measured: ms a step and share of every stage; before and after that None."""
         if not self.marks or self.seen < self.warm_up + self.steps:
@@ -84,6 +94,33 @@ class Profile:
         if self.on_gpu:
             lines += [f"peak memory on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"]
         return "\n".join(lines)
+
+
+class Interval:
+    """What is measured between two logged lines: pairs a second, the share of time waiting for data, peak memory."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._begin()
+
+    def _begin(self) -> None:
+        self.start, self.waited, self.pairs = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """The time inside is spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def measured(self) -> dict[str, float]:
+        """{"pairs/s", "data_wait"} since the last call, and on a GPU "peak_GiB" so far."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        values = {"pairs/s": self.pairs / seconds, "data_wait": self.waited / seconds}
+        if self.device.type == "cuda":
+            values["peak_GiB"] = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+        self._begin()
+        return values
 
 
 class stage(contextlib.ContextDecorator):

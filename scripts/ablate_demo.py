@@ -29,7 +29,7 @@ from narvid.metrics import paired_bootstrap
 from narvid.model import MODULES
 from narvid.progress import tqdm
 from narvid.run.run_dir import RunDir, load_checkpoint
-from narvid.run import settings
+from narvid.run import same_run, settings
 from narvid.report.comparison import read_side, spread
 from narvid.report.runs import read_ranks
 
@@ -103,8 +103,15 @@ def train(argv: list[str], threads: int) -> None:
 
 def unfinished_runs(runs: dict[str, list[str]]) -> dict[str, list[str]]:
     """Those that have not ended; InputError where a folder holds a run with other flags."""
-    return {name: argv for name, argv in runs.items()
-            if not RunDir(Path(argv[-1]), vars(settings.parse_args(argv)), resume=True, writes=True).final_result()}
+    todo = {}
+    for name, argv in runs.items():
+        args = settings.parse_args(argv)
+        run = RunDir(args.output_dir, vars(args), writes=False)
+        if (before := run.settings()) is not None:
+            same_run.check_settings(run.path, before, args)
+        if not run.final_result():
+            todo[name] = argv
+    return todo
 
 
 def train_all(runs: dict[str, list[str]], *, jobs: int, threads: int) -> None:
@@ -150,7 +157,7 @@ def table_of(title: str, rows: list[tuple], runs_of: dict[str, list[Path]], samp
 
 def of_views(runs: list[Path]) -> list[str]:
     """R@1 of each view alone, and the mean frames and sentences that the filter keeps, over the seeds of a row."""
-    results = [RunDir(run, {}, resume=True, writes=False).final_result() for run in runs]
+    results = [RunDir(run, {}, writes=False).final_result() for run in runs]
     cells = []
     for view in ("S_qv", "S_qn"):
         seen = [result["metrics"][view]["text_to_video"]["R@1"] for result in results if view in result["metrics"]]

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
-from narvid import distributed
+from narvid import InputError, distributed
 from narvid.evaluation import Encoding, score_queries
 from narvid.methods import METHODS
 from narvid.model import Queries, Videos
@@ -146,9 +146,21 @@ def check_helpers():
         joined = distributed.join_columns({"video": whole[:, mine.start:mine.stop]}, world)
         assert torch.equal(joined["video"], whole) if world.rank == 0 else joined == {}
         assert distributed.total(len(mine), world) == columns
-    told = distributed.agree("rank 1 has no disk" if world.rank == 1 else None, world)
-    assert told == "rank 1 has no disk"
-    assert distributed.agree(None, world) is None
+    with pytest.raises(distributed.SaidByAll, match="^rank 1 has no disk$"):
+        distributed.agree("rank 1 has no disk" if world.rank == 1 else None, world)
+    distributed.agree(None, world)
+    with pytest.raises(distributed.SaidByAll, match="^rank 2 is late$"), distributed.together(world):
+        if world.rank == 2:  # it never comes to the inner one, and is heard there
+            raise InputError("rank 2 is late")
+        with distributed.together(world):
+            pass
+    with pytest.raises(distributed.SaidByAll, match="process 1 sees another run .*step 3 there, 4 on process 0"):
+        distributed.check_same({"epoch": 1, "step": 3 if world.rank == 1 else 4}, world)
+    assert distributed.highest([world.rank, 7 - world.rank, 0], world) == [2, 7, 0]
+    model = torch.nn.Linear(2, 3)
+    model.weight.data.fill_(world.rank)
+    distributed.spread(model, world)
+    assert (model.weight == 0).all()
     distributed.stop()
 
 
@@ -193,7 +205,8 @@ def test_one_process_needs_no_group():
     videos = Videos(x, None, x, None)
     assert distributed.gather_features(videos) == videos
     assert distributed.gather(x) is x and distributed.collect(x, 3, world) is x
-    assert distributed.agree("no", world) == "no"
+    with pytest.raises(InputError, match="^no$"):
+        distributed.agree("no", world)
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -250,9 +263,10 @@ def test_broken_frame_of_rank_1_ends_all(corpus, tmp_path):
         whole = jpg.read_bytes()
         (broken / video / jpg.name).write_bytes(whole[:len(whole) // 3] + whole[-2:])  # both ends are right
     ranks = tiny.start_ranks(2, trainer.main, argv, log=tmp_path / "log")
-    codes = [tiny.wait(process) for process in ranks]
-    assert 0 not in codes
-    assert f"error: frame {broken / video}" in (tmp_path / "log.1").read_text()
+    assert [tiny.wait(process) for process in ranks] == [1, 1]
+    said = (tmp_path / "log.0").read_text().strip().splitlines()[-1]  # rank 0 speaks for all
+    assert said.startswith(f"error: frame {broken / video}")
+    assert "frame" not in (tmp_path / "log.1").read_text()
 
 
 @pytest.mark.parametrize("world_size, more, message", [

@@ -53,7 +53,7 @@ def test_main_returns_four_matrices_in_both_directions(full_run):
 def test_run_directory_holds_what_it_promises(full_run):
     _, run = full_run
     files = {"config.yaml", "log.txt", "results.jsonl", "last.pt", "best.pt", "similarity.npz", "ranks.csv"}
-    assert {p.name for p in run.iterdir()} == files
+    assert {p.name for p in run.iterdir()} == files | {".lock"}
     text = (run / "config.yaml").read_text()
     assert text.startswith("# commit: ") and len(text.splitlines()[0]) > len("# commit: ")
     flags = {action.dest for action in build_parser()._actions} - {"help"}

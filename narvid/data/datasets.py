@@ -9,9 +9,10 @@ sentence, U distinct sentences of a batch. Masks are bool, True = real.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,7 @@ class Split(NamedTuple):
     skipped: list[str]  # videos left out for want of a narration
     missing: int  # videos of the official split that the prepare script had to drop, in all splits together
     titles: list[list[str]] | None = None  # V lists of sentences about the whole video; they stand in for `sentences`
+    pictures: str | None = None  # their number and a digest, for any number of ranks the same (run/build.py)
     features: Features | None = None  # of the feature cache; items and batches then hold them, not pixels and tokens
 
 
@@ -169,17 +171,21 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
     return pairs
 
 
-def check_frames(split: Split, videos: range) -> None:
-    """Look at the picked jpgs of some videos before training: InputError naming the first missing or not whole."""
+def check_frames(split: Split, videos: Sequence[int]) -> list[int]:
+    """Look at the picked jpgs of some videos before training -> a digest of each video's, of 64 bits.
 
-    def check(v: int) -> None:
+    InputError naming the first that is missing or not whole.
+    """
+
+    def check(v: int) -> int:
+        digest = hashlib.blake2b(split.videos[v].encode(), digest_size=8)
         for path in frame_paths(split.frames_dir, split.videos[v], split.picks[v]):
-            check_jpg(path)
+            digest.update(check_jpg(path))
+        return int.from_bytes(digest.digest(), "big")
 
     with ThreadPoolExecutor(8) as pool:  # for network file systems; a local disk would be as fast with one
-        for _ in tqdm(pool.map(check, videos), total=len(videos), desc="check frames", unit="video",
-                      disable=len(videos) < 1000, leave=False):
-            pass
+        return list(tqdm(pool.map(check, videos), total=len(videos), desc="check frames", unit="video",
+                         disable=len(videos) < 1000, leave=False))
 
 
 # ------------------------------------------------------------------------------------------------------------ items

@@ -68,12 +68,10 @@ def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Modul
     stores = {kind: Store(folder, kind) for kind in KINDS}
     missing = {kind: [entry for entry in wanted[kind].items() if entry[0] not in stores[kind].place] for kind in KINDS}
     # Also a barrier: nobody writes before everybody has looked, or the ranks' shares would not be of the same list.
-    if error := agree(_prepare(folder, made_of, wanted, missing, encoding) if world.rank == 0 else None, world):
-        raise InputError(error)
+    agree(_prepare(folder, made_of, wanted, missing, encoding) if world.rank == 0 else None, world)
     if any(missing.values()):
         mine = {kind: entries[world.rank::world.size] for kind, entries in missing.items()}
-        if error := agree(_fill(folder, mine, towers, encoding, world), world):
-            raise InputError(error)
+        agree(_fill(folder, mine, towers, encoding, world), world)
         stores = {kind: Store(folder, kind) for kind in KINDS}
         if any(key not in stores[kind].place for kind in KINDS for key in wanted[kind]):
             raise InputError(f"--feature_cache {folder.parent}: holds the features of some processes only; it must be "

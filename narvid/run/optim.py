@@ -8,6 +8,7 @@ weights with fp16 state and no loss scaling. `modern` is AdamW over fp32 weights
 "Adam", 1e-7 for CLIP, 1e-4 for the rest, a cosine schedule and warm-up 0.1; the rest is CLIP4Clip's.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -192,3 +193,10 @@ def to_half(clip: nn.Module) -> None:
     """
     convert_weights_to_lp(clip, torch.float16)
     clip.visual.conv1.half()  # the towers' patch product is no nn.Conv2d, which is what open_clip looks for
+
+
+def in_fp32(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it in fp32 where it has fp16 weights: the optimiser and DDP hold on to the original."""
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()

@@ -19,10 +19,12 @@ from narvid.flags import Parser, as_argv, count, number, positive, positive_floa
 from narvid.methods import METHODS
 from narvid.methods.protocol import names_of
 from narvid.run.exported import load_model
+from narvid.run.run_dir import RunDir
 
 ABOUT = """Train and evaluate NarVid: python main_task_retrieval.py --config configs/msrvtt_vitb16.yaml --output_dir
 runs/msrvtt. The same under torchrun, on CPUs or GPUs."""
 DEFAULT_METHOD = "narvid"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = "unknown"  # what chose the epoch of weights that do not say it
 # Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
 OF_A_CHECKPOINT = ("max_words", "max_frames", "fusion_weight", "recipe", "precision")
@@ -41,6 +43,8 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--narrations", help="narration file, ours or a published one [data_dir/narrations.jsonl]")
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
+    g.add_argument("--allow_leak", action=switch, default=False,
+                   help="train although videos of the training split stand in another one")
     g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
     g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video")
     g.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform",
@@ -89,6 +93,9 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
                    help="what chooses the epoch [val where val.jsonl exists, else last]")
     g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split every n steps too")
     g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries encoded at a time")
+    g.add_argument("--eval_precision", choices=["fp32", "bf16", "fp16", "train"], default="fp32",
+                   help="number format of evaluation; fp32: whatever the batch, the scores are the same to 1e-5; "
+                        "train: that of --recipe and --precision")
     g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
     g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
     g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
@@ -103,6 +110,9 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--seed", type=count, default=42)
     g.add_argument("--deterministic", action=switch, default=False, help="only deterministic kernels")
     g.add_argument("--save_every", type=count, default=0, help="save every n steps too; 0: at an epoch's end")
+    g.add_argument("--save_every_minutes", type=number, default=10.0, help="save so often too; 0: no")
+    g.add_argument("--rank_timeout", type=positive_float, default=30.0,
+                   help="minutes that a process waits for another before the run ends")
     g.add_argument("--log_every", type=positive, default=50, help="steps")
     g.add_argument("--profile", type=count, default=0, help="log where the time of n early steps goes; 0: no")
     g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
@@ -113,13 +123,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the command line over those of --config and --checkpoint; a mistake ends the process in one sentence."""
     argv = sys.argv[1:] if argv is None else list(argv)
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--checkpoint", "--method"):
+    for flag in ("--config", "--checkpoint", "--method", "--output_dir", "--resume"):
         first.add_argument(flag)
     first.add_argument("--eval_only", action=argparse.BooleanOptionalAction)
     given, _ = first.parse_known_args(argv)
+    for flag, value in vars(given).items():
+        if value == "":
+            first.error(f"--{flag}: is empty; name one, or leave the flag out")
     preset = read_preset(given.config, first) if given.config else {}
     checkpoint = given.checkpoint or preset.get("checkpoint")
-    stored = _args_of_checkpoint(checkpoint, first) if checkpoint else {}
+    stored = _stored_flags(checkpoint, given, preset, first) if checkpoint else {}
     method = given.method or preset.get("method") or stored.get("method", DEFAULT_METHOD)
     if method not in [*METHODS]:
         first.error(f"--method {method}: choose from {', '.join(METHODS)}")
@@ -174,6 +187,18 @@ def _fill_in(args: argparse.Namespace) -> None:
 def _refuse(args: argparse.Namespace, parser: Parser) -> None:
     """Stop where flags do not go together."""
     method = METHODS[args.method]
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name}: is empty; name one, or leave the flag out")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: the generators take seeds below 2^32")
+    if args.max_words < 3:
+        parser.error(f"--max_words {args.max_words}: the start, one word and the end need 3")
+    if args.dsl_scale > 1e6:
+        parser.error(f"--dsl_scale {args.dsl_scale:g}: at most 1e6, where a softmax is a maximum already")
+    if args.qb_norm_queries and not Path(args.data_dir, "train.jsonl").is_file():
+        parser.error(f"--qb_norm_queries takes its queries from {Path(args.data_dir, 'train.jsonl')}, which is not "
+                     "there; leave it out, or prepare the annotations")
     if args.select_on == "val" and not args.eval_only and not Path(args.data_dir, "val.jsonl").exists():
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
     if args.micro_batch and method.score_has_parameters(args):
@@ -206,16 +231,23 @@ def is_ours(stored: dict) -> bool:
     return "clip_config" in stored
 
 
-def _args_of_checkpoint(path: str, parser: argparse.ArgumentParser) -> dict:
-    """The flags that a checkpoint of ours was trained with; {} for a released one."""
+def _stored_flags(path: str, given: argparse.Namespace, preset: dict, parser: Parser) -> dict:
+    """The flags that a checkpoint of ours was trained with; {} for a released one.
+
+    A run that goes on has them itself: the checkpoint it started from may be gone.
+    """
+    eval_only = preset.get("eval_only", False) if given.eval_only is None else given.eval_only
     try:
+        if given.output_dir and not eval_only and (given.resume or preset.get("resume")) == "auto":
+            if (of_run := RunDir(given.output_dir, {}, writes=False).settings()) is not None:
+                return of_run
         stored = load_model(path)
         return stored["args"] if is_ours(stored) else {}
     except InputError as error:
         parser.error(str(error))
 
 
-def _checkpoint_argv(stored: dict, path: str, parser: argparse.ArgumentParser, *, eval_only: bool) -> list[str]:
+def _checkpoint_argv(stored: dict, path: str, parser: Parser, *, eval_only: bool) -> list[str]:
     """What a checkpoint of ours says about its model, so that it needs no flag again."""
     own = of_a_model(parser.get_default("method"))
     own |= {"select_on"} if eval_only else set()  # its epoch was chosen when it was trained; the result says on what
@@ -237,4 +269,13 @@ def autocast(args: argparse.Namespace, device: torch.device):
     """The number format of towers and heads; matching and losses are always computed outside, in fp32."""
     if args.recipe == "reported" or args.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if args.precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, DTYPES[args.precision])
+
+
+def eval_autocast(args: argparse.Namespace, device: torch.device):
+    """The same of evaluation and search."""
+    if args.eval_precision == "train":
+        return autocast(args, device)
+    if args.eval_precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[args.eval_precision])

@@ -74,7 +74,7 @@ def assert_same(a, b, where=""):
 def assert_same_run(one, other):
     """The folders of two runs hold the same, but for the flags that may differ."""
     names = {"config.yaml", "log.txt", "results.jsonl", "last.pt", "best.pt", "similarity.npz", "ranks.csv"}
-    assert {p.name for p in other.iterdir()} == names
+    assert {p.name for p in other.iterdir()} - {".lock"} == names
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(run / name, weights_only=True) for run in (one, other))
         a.pop("args"), b.pop("args")
