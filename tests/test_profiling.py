@@ -169,3 +169,13 @@ def test_counted_work_grows_with_the_batch(corpus):
     assert queries.max() == 22 and queries.min() >= 10 and sentences.max() == 25 and sentences.min() >= 10
     ends = bench.batch.tokens.argmax(dim=1)  # where the text tower looks for the end
     assert torch.equal(ends, queries - 1) and bench.batch.sentences.unique(dim=0).shape[0] == 18
+
+
+def test_a_run_that_is_shorter_than_the_profile_prints_what_it_has_and_says_so(corpus, tmp_path):
+    trainer.main(tiny.flags(corpus, tmp_path / "run", "--profile", 20, "--select_on", "last"))  # 4 steps
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "mean of 1 steps" in log
+    assert "--profile 20: the run ended after 4 steps, of which the first 3 are not measured" in log
+    trainer.main(tiny.flags(corpus, tmp_path / "short", "--profile", 20, "--select_on", "last", "--epochs", 1))
+    log = (tmp_path / "short" / "log.txt").read_text()
+    assert "ms a step" not in log and "--profile 20: the run ended after 2 steps" in log

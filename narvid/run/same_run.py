@@ -52,7 +52,7 @@ def check_settings(folder: str | Path, before: dict, args: argparse.Namespace) -
 
 def identity_of(args: argparse.Namespace, splits: dict[str, Split], world: World) -> dict:
     """{"settings", "data", "start", "machine"} of this run, plain values."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE + OF_DATA + OF_START}
     machine = {"processes": world.size, "threads": torch.get_num_threads(), "device": world.device.type,
                "torch": str(torch.__version__)}
     data = {f"{name}'s {what}": digest for name, split in splits.items() for what, digest in _digests(split).items()}

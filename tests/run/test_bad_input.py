@@ -20,6 +20,7 @@ import main_task_retrieval as trainer
 from narvid import InputError
 from narvid.data.datasets import PairSampler
 from narvid.data.frames import frame_path
+from narvid.search.embedding import Embedder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,6 +202,68 @@ def test_what_is_no_checkpoint_is_refused(corpus, weights, tmp_path, how, name, 
     assert all(word in message for word in words), message
 
 
+def spoilt(**parts):
+    """A checkpoint of ours, of which some parts are something else, or (None) missing."""
+    def spoil(state):
+        for name, value in parts.items():
+            state[name] = value
+            if value is None:
+                del state[name]
+    return spoil
+
+
+def with_nan(state):
+    state["model"]["clip.text_projection"][3, 4] = torch.nan
+
+
+SPOILT = {
+    "nothing": (lambda state: state.clear(), ["is an empty checkpoint"]),
+    "no model": (spoilt(model=None), ["its model is missing"]),
+    "no args": (spoilt(args=None), ["its args is missing"]),
+    "no clip_config": (spoilt(clip_config=None), ["its clip_config is missing"]),
+    "a list of weights": (spoilt(model=[1, 2]), ["its model is a list"]),
+    "numbers as weights": (spoilt(model={"clip.logit_scale": 3.0}), ["its model holds more than weights"]),
+    "a text as config": (spoilt(clip_config="ViT-B-32"), ["its clip_config is a str"]),
+    "a config of nothing": (spoilt(clip_config={}), ["its clip_config builds no towers"]),
+    "a config of other sizes": (
+        spoilt(clip_config={"embed_dim": 64, "vision_cfg": {"layers": "two"}, "text_cfg": {}}), ["builds no towers"]),
+    "a flag of another type": (spoilt(args={"clip_model": "clip.json", "modules": ["NM"], "max_words": "many"}),
+                               ["spoilt.pt: argument --max_words", "many"]),
+    "an unknown method": (spoilt(args={"method": "telepathy"}), ["telepathy", "choose from"]),
+    "weights that are not finite": (with_nan, ["1 of its weights are not finite (clip.text_projection)"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("how", [[], ["--eval_only"]], ids=["train", "eval"])
+def test_a_checkpoint_of_ours_with_damaged_parts_is_refused(corpus, weights, tmp_path, how, spoil, words):
+    state = torch.load(weights, weights_only=True)
+    spoil(state)
+    torch.save(state, tmp_path / "spoilt.pt")
+    message = refusal(corpus, tmp_path / "run", "--checkpoint", tmp_path / "spoilt.pt", *how)
+    assert "spoilt.pt" in message or "telepathy" in message
+    assert all(word in message for word in words), message
+    with pytest.raises(InputError) as refused:  # search has the same door
+        Embedder.load(tmp_path / "spoilt.pt")
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_a_video_of_train_in_test_is_refused_unless_it_is_meant(damaged, tmp_path):
+    insert(damaged / "test.jsonl", 3, '{"video": "train4", "query": "a dog"}')
+    message = refusal(damaged, tmp_path / "run")
+    assert "test.jsonl: 1 of its 12 videos stand in train.jsonl too (train4)" in message and "--allow_leak" in message
+    trainer.main(tiny.flags(damaged, tmp_path / "run", "--allow_leak", "--epochs", 1, "--select_on", "last"))
+
+
+def test_queries_for_qb_norm_are_looked_for_before_the_evaluation(damaged, weights, tmp_path):
+    (damaged / "train.jsonl").unlink()
+    more = ("--eval_only", "--checkpoint", weights, "--clip_model", damaged / "clip.json", "--qb_norm_queries", 5)
+    assert "train.jsonl, which is not there" in refusal(damaged, tmp_path / "run", *more)
+    (damaged / "train.jsonl").write_text("no JSON\n")
+    (damaged / "frames" / "index.jsonl").unlink()  # it would be missed first if the data were read first
+    assert "train.jsonl" in refusal(damaged, tmp_path / "run", *more)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -228,6 +291,12 @@ def test_a_checkpoint_of_other_towers_is_refused(corpus, weights, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--max_words", 2], ["--max_words 2", "need 3"]),
+        (["--seed", 2**32], ["--seed 4294967296", "2^32"]),
+        (["--dsl_scale", 1e308], ["--dsl_scale", "1e6"]),
+        (["--checkpoint", ""], ["--checkpoint: is empty"]),
+        (["--clip_pretrained", ""], ["--clip_pretrained: is empty"]),
+        (["--config", ""], ["--config: is empty"]),
         (["--batch_size", 1000], ["39 training pairs", "1000", "--batch_size"]),
         (["--batch_size", 9, "--gradient_accumulation_steps", 2], ["--batch_size 9", "2 accumulation steps"]),
         (["--max_words", 78], ["--max_words 78", "77"]),
