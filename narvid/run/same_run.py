@@ -81,6 +81,9 @@ def _content(flag: str, name: str | None) -> str | None:
     """What weights or a model config are known by: a file's digest, or the name under which open_clip has them."""
     if name is None:
         return None
+    if Path(name).is_dir():  # a run's, or an exported model
+        name = next((str(path) for path in (Path(name, "best.pt"), Path(name, "model.safetensors")) if path.is_file()),
+                    name)
     if not Path(name).is_file():
         return GONE if flag == "checkpoint" or Path(name).suffix else name  # open_clip's names have no dot
     if name.endswith(".json"):

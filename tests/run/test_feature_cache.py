@@ -118,8 +118,8 @@ TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 @pytest.mark.parametrize("more", METHODS.values(), ids=METHODS)
 def test_every_method_makes_the_same_of_features(corpus, tmp_path, monkeypatch, more):
     monkeypatch.chdir(corpus)
-    args, splits, model, rest = prepare([*tiny.flags(corpus, tmp_path / "run"), "--freeze_towers", "--eval_precision",
-                                           "train", *more])
+    args, splits, model, rest = prepare([*tiny.flags(corpus, tmp_path / "run"), "--freeze_towers", *more,
+                                         "--eval_precision", "train"])
     dtype = torch.float16 if args.recipe == "reported" else getattr(torch, TYPES[args.precision])
     close = 1e-5 if dtype == torch.float32 else 3e-2  # a step of bf16 is 1/128
     model.eval()
