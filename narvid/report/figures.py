@@ -36,7 +36,7 @@ from narvid.methods import METHODS
 from narvid.report.drawing import (draw_captioners, draw_curves, draw_distributions, draw_heatmap, draw_sweeps,
                                    pyplot)
 from narvid.report.runs import final_of, read_config, read_results
-from narvid.run.run_dir import FREE_TO_CHANGE
+from narvid.run.same_run import FREE_TO_CHANGE
 from narvid.run.settings import flags_of
 
 # These say where and how often, not what is measured.

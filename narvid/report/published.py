@@ -20,7 +20,7 @@ import yaml
 
 from narvid.flags import as_argv
 from narvid.methods import METHODS
-from narvid.run.run_dir import FREE_TO_CHANGE
+from narvid.run.same_run import FREE_TO_CHANGE
 from narvid.run.settings import DEFAULT_METHOD, build_parser, flags_of, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]  # of the clone, with configs/ and runs/

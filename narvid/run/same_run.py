@@ -26,7 +26,7 @@ from narvid.run.settings import DEFAULT_METHOD, flags_of
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
-                  "save_every", "save_every_minutes", "tensorboard", "profile", "show_kept", "allow_leak",
+                  "save_every", "save_every_minutes", "tensorboard", "profile", "show_kept",
                   "rank_timeout")
 OF_DATA, OF_START = ("data_dir", "frames", "narrations", "titles"), ("checkpoint", "clip_pretrained", "clip_model")
 GONE = "a file that is gone"

@@ -62,7 +62,7 @@ class Embedder:
         own = names_of(model.add_flags) - model.loss_flags - model.unread(flags)
         self.settings = {name: getattr(flags, name) for name in (
             "method", "clip_model", "clip_pretrained", "max_frames", "max_words", "recipe", "precision",
-            "fusion_weight")}
+            "eval_precision", "fusion_weight")}
         self.settings |= {"checkpoint": retriever.source and str(retriever.source.resolve()),
                           "weights": weights_digest(model), "image_size": self.image_size,
                           "dim": model.clip.config.embed_dim, "narration": self.narration,
@@ -80,7 +80,10 @@ class Embedder:
 
         An index may be older than a setting or a flag; the digest of the weights is as old as the index.
         """
-        here, there = self.settings | self.settings["flags"], settings | settings.get("flags", {})
+        # Indexes of before eval_precision were encoded as the model was trained.
+        as_trained = settings.get("precision") if settings.get("recipe") == "modern" else "fp16"
+        here = self.settings | self.settings["flags"]
+        there = {"eval_precision": as_trained} | settings | settings.get("flags", {})
         names = [k for k in here if k not in (*FREE, "flags") and here[k] != there.get(k)
                  and (k in there or k == "weights")]
         if names:

@@ -224,9 +224,10 @@ SPOILT = {
     "a list of weights": (spoilt(model=[1, 2]), ["its model is a list"]),
     "numbers as weights": (spoilt(model={"clip.logit_scale": 3.0}), ["its model holds more than weights"]),
     "a text as config": (spoilt(clip_config="ViT-B-32"), ["its clip_config is a str"]),
-    "a config of nothing": (spoilt(clip_config={}), ["its clip_config builds no towers"]),
+    "a config of nothing": (spoilt(clip_config={}), ["no sizes of towers that can be built"]),
     "a config of other sizes": (
-        spoilt(clip_config={"embed_dim": 64, "vision_cfg": {"layers": "two"}, "text_cfg": {}}), ["builds no towers"]),
+        spoilt(clip_config={"embed_dim": 64, "vision_cfg": {"layers": "two"}, "text_cfg": {}}),
+        ["no sizes of towers that can be built"]),
     "a flag of another type": (spoilt(args={"clip_model": "clip.json", "modules": ["NM"], "max_words": "many"}),
                                ["spoilt.pt: argument --max_words", "many"]),
     "an unknown method": (spoilt(args={"method": "telepathy"}), ["telepathy", "choose from"]),
@@ -255,9 +256,9 @@ def test_a_video_of_train_in_test_is_refused_unless_it_is_meant(damaged, tmp_pat
     trainer.main(tiny.flags(damaged, tmp_path / "run", "--allow_leak", "--epochs", 1, "--select_on", "last"))
 
 
-def test_queries_for_qb_norm_are_looked_for_before_the_evaluation(damaged, weights, tmp_path):
+def test_queries_for_qb_norm_are_looked_for_before_the_evaluation(damaged, corpus, weights, tmp_path):
     (damaged / "train.jsonl").unlink()
-    more = ("--eval_only", "--checkpoint", weights, "--clip_model", damaged / "clip.json", "--qb_norm_queries", 5)
+    more = ("--eval_only", "--checkpoint", weights, "--clip_model", corpus / "clip.json", "--qb_norm_queries", 5)
     assert "train.jsonl, which is not there" in refusal(damaged, tmp_path / "run", *more)
     (damaged / "train.jsonl").write_text("no JSON\n")
     (damaged / "frames" / "index.jsonl").unlink()  # it would be missed first if the data were read first

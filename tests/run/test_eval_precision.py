@@ -53,7 +53,7 @@ def test_the_format_of_training_can_be_asked_for_and_is_another(corpus, trained,
     """Else the test above could not fail."""
     best, of_run = trained / recipe / "best.pt", matrices(trained / recipe)
     for asked in ("train", "bf16"):
-        scores = evaluated(corpus, tmp_path / asked, best, "--eval_precision", asked)
+        scores = evaluated(corpus, tmp_path / asked, best, "--precision", "bf16", "--eval_precision", asked)
         assert 1e-5 < np.abs(scores - of_run).max() < 0.1
         assert tiny.results(tmp_path / asked)[-1]["eval_precision"] == asked
 
