@@ -124,7 +124,6 @@ MAIN = ["NarVid, Table 1: NarVid", "NarVid, Table 3: NM CMI QAF CVH", "NarVid, T
     (preset("msrvtt_vitb32", "--data_dir", "/ssd/MSRVTT"), []),
     (preset("msrvtt_vitb32", "--epochs", 6), []),
     (preset("msrvtt_vitb32", "--narrations", "blip.jsonl"), []),
-    (preset("msrvtt_vitb32", "--checkpoint", ""), MAIN),
     (preset("msrvtt_vitb32", "--alpha", 0), ABLATED),
     (preset("msrvtt_vitb32", "--modules", "QAF", "CMI", "NM", "--lam", 3), ABLATED),
     (preset("msrvtt_vitb32", "--filter", "topk", "--filter_k", 4, "--filter_p", 0.9), ["NarVid, Table 4: top-k k=4"]),
