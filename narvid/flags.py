@@ -9,11 +9,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from math import inf
-from pathlib import Path
-
-import yaml
 
 from narvid import InputError
+from narvid.files import read_yaml
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,15 +66,9 @@ def share(text: str) -> float:
 def read_preset(path: str, parser: argparse.ArgumentParser) -> dict:
     """A YAML preset as {flag: value}; what is no such thing ends in parser.error."""
     try:
-        preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"--config {path}: cannot be read ({error.strerror})")
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        line = f", line {error.problem_mark.line + 1}" if hasattr(error, "problem_mark") else ""
-        parser.error(f"--config {path}{line}: is not YAML of one 'flag: value' a line")
-    if not isinstance(preset, dict):
-        parser.error(f"--config {path}: must hold one 'flag: value' a line")
-    return preset
+        return read_yaml(path)
+    except InputError as error:
+        parser.error(f"--config {error}")
 
 
 def preset_argv(preset: dict, path: str, parser: Parser) -> list[str]:

@@ -130,13 +130,13 @@ def parse_csv(text: str, path: str | Path, columns: Sequence[str], *,
 
 
 def parse_yaml(text: str, path: str | Path, *, advice: str = ADVICE) -> dict[str, object]:
-    """YAML of one 'name: value' a line; without anchors and tags, which let a short file mean a huge one."""
+    """YAML of one 'flag: value' a line; without anchors and tags, which let a short file mean a huge one."""
     try:
         value = yaml.load(text, _PlainYaml)  # noqa: S506 (a SafeLoader)
         fault = fault_of(value)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not YAML of one 'name: value' a line "
+        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not YAML of one 'flag: value' a line "
                          f"({error.problem or error.context}); {advice}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -148,7 +148,7 @@ def parse_yaml(text: str, path: str | Path, *, advice: str = ADVICE) -> dict[str
     if fault:
         raise InputError(f"{path}: {fault}; {advice}")
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"{path}: must hold one 'name: value' a line; {advice}")
+        raise InputError(f"{path}: must hold one 'flag: value' a line; {advice}")
     return value
 
 

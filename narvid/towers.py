@@ -8,7 +8,6 @@ Legend: N frames or texts, T tokens of a text (start and end included), D joint 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -26,6 +25,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from narvid import InputError
+from narvid.files import read_json
 from narvid.profiling import stage
 
 MANY_TEXTS = 128  # from so many on they are read in parts
@@ -273,10 +273,7 @@ def load_released_towers(towers: CLIP, state: dict[str, Tensor], source: str | P
 def _architecture(name: str) -> dict:
     """The open_clip model config of a name or a .json file."""
     if name.endswith(".json"):
-        try:
-            architecture = json.loads(Path(name).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--clip_model {name}: cannot be read as an open_clip model config ({error})") from error
+        architecture = read_json(name, dict, advice="name a model config of open_clip")
     else:
         architecture = open_clip.get_model_config(name)
     if architecture is None:
@@ -286,6 +283,8 @@ def _architecture(name: str) -> dict:
     if absent:
         raise ValueError(f"--clip_model {name}: the model config has no {', '.join(absent)}")
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise ValueError(f"--clip_model {name}: vision_cfg and text_cfg of the model config must be objects")
     # Known before anything is built; a tokenizer of its own would be fed CLIP's ids without a complaint.
     foreign = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls"} & text.keys()
     if (foreign or text.get("pool_type", "argmax") != "argmax" or "timm_model_name" in vision
@@ -294,9 +293,33 @@ def _architecture(name: str) -> dict:
         raise ValueError(f"--clip_model {name}: only ViTs with the plain causal text tower are supported, as OpenAI's "
                          "and LAION's ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 are")
     side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
-    if not isinstance(side, int) or side % patch:
+    if not all(type(x) is int and x > 0 for x in (side, patch)) or side % patch:
         raise ValueError(f"--clip_model {name}: the image side {side} is no multiple of the patch side {patch}")
+    if name.endswith(".json"):
+        _check_builds(name, architecture)
     return architecture
+
+
+def _check_builds(name: str, architecture: dict) -> None:
+    """ValueError unless towers of this config can be built and read a picture and a text; nothing is computed."""
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    numbers = [architecture["embed_dim"], *vision.values(), *text.values()]
+    if any(isinstance(x, (int, float)) and not 0 <= x <= 200_000 for x in numbers):
+        raise ValueError(f"--clip_model {name}: the model config holds a number below 0 or above 200,000")
+    if any(type(x.get("layers", 12)) is not int or not 0 < x.get("layers", 12) <= 1000 for x in (vision, text)):
+        raise ValueError(f"--clip_model {name}: layers must be a whole number from 1 to 1,000")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            towers = CLIP(architecture["embed_dim"], vision, text, bool(architecture.get("quick_gelu")))
+            towers.encode_image(torch.zeros(1, 3, vision.get("image_size", 224), vision.get("image_size", 224)))
+            towers.encode_text(torch.zeros(1, text.get("context_length", 77), dtype=torch.long))
+    except Exception as error:  # whatever the first wrong value leads to
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"--clip_model {name}: cannot be built ({type(error).__name__}: {reason}); name a model "
+                         "config of open_clip") from error
+    parameters = sum(x.numel() for x in towers.parameters())
+    if parameters > 2e10:
+        raise ValueError(f"--clip_model {name}: has {parameters / 1e9:,.0f} thousand million parameters; is it right?")
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -276,10 +276,26 @@ def test_a_file_that_holds_no_weights_is_refused(folder, tmp_path, name):
     assert name in refusal(folder / "small.json", path, True)
 
 
+NESTED = "[" * 200_000
+CANNOT_BE_BUILT = {json.dumps({"embed_dim": 64, "vision_cfg": SMALL["vision_cfg"] | vision,
+                               "text_cfg": SMALL["text_cfg"] | text} | more): word
+                   for vision, text, more, word in [
+    ({"width": 100, "head_width": 30}, {}, {}, "cannot be built"), ({"layers": 0}, {}, {}, "layers"),
+    ({"layers": 10**9}, {}, {}, "200,000"),
+    ({"layers": 2.5}, {}, {}, "ViTs"), ({"widht": 64}, {}, {}, "widht"), ({}, {"heads": 7}, {}, "cannot be built"),
+    ({}, {"heads": 0}, {}, "cannot be built"), ({}, {"width": -64}, {}, "below 0"),
+    ({}, {}, {"embed_dim": "64"}, "built"),
+    ({}, {}, {"vision_cfg": [1]}, "objects"), ({"width": 199_936, "layers": 1000}, {}, {}, "million parameters"),
+    ({"image_size": "32"}, {}, {}, "image side"), ({"image_size": 33}, {}, {}, "image side"),
+    ({}, {"context_length": "77"}, {}, "cannot be built"), ({"patch_size": 0}, {}, {}, "image side"),
+]}  # fmt: skip
+
+
 def test_an_unknown_model_is_refused(folder, tmp_path):
     assert "ViT-B-99" in refusal("ViT-B-99")
     assert "nowhere.json" in refusal(tmp_path / "nowhere.json")
-    for text, word in (("{", "cannot be read"), ('{"embed_dim": 64}', "vision_cfg"), ("[]", "embed_dim")):
+    for text, word in (("{", "malformed JSON"), ('{"embed_dim": 64}', "vision_cfg"), ("[]", "no object"),
+                       (NESTED, "nested"), *CANNOT_BE_BUILT.items()):
         (tmp_path / "bad.json").write_text(text)
         assert word in refusal(tmp_path / "bad.json")
     assert "nowhere.pt" in refusal(folder / "small.json", tmp_path / "nowhere.pt")

@@ -20,7 +20,6 @@ Here: finding runs, grouping them. Drawing: drawing.py. Not here: the numbers (r
 
 import argparse
 import json
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -29,13 +28,14 @@ from typing import NamedTuple
 import numpy as np
 
 from narvid import InputError
+from narvid.files import read_text, writing
 from narvid.flags import Parser
 from narvid.data.published_narrations import CAPTIONER, read_form
 from narvid.parsing import parse_json
 from narvid.methods import METHODS
 from narvid.report.drawing import (draw_captioners, draw_curves, draw_distributions, draw_heatmap, draw_sweeps,
                                    pyplot)
-from narvid.report.runs import final_of, read_config, read_results
+from narvid.report.runs import ADVICE, final_of, read_config, read_results
 from narvid.run.same_run import FREE_TO_CHANGE
 from narvid.run.settings import flags_of
 
@@ -175,7 +175,7 @@ LOGGED_STEP = r"^(?:\d\d:\d\d:\d\d )?epoch (\d+) step (\d+)/(\d+) (loss .*?) lr 
 def curve_data(run: Run) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[int, float]]]:
     """log.txt and results.jsonl -> {"loss" and its parts: [(step, value)]}, [(step, R@1 of the choosing split)]."""
     path = run.path / "log.txt"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = read_text(path, advice=ADVICE) if path.exists() else ""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     steps = 0
     for epoch, step, total, parts in re.findall(LOGGED_STEP, text, re.MULTILINE):
@@ -196,9 +196,8 @@ def curve_data(run: Run) -> tuple[dict[str, list[tuple[int, float]]], list[tuple
 def write(figure, out: Path, name: str) -> None:
     """PDF and PNG, whole or not at all."""
     for kind in ("pdf", "png"):
-        temporary = out / f".{name}.tmp"
-        figure.savefig(temporary, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
-        os.replace(temporary, out / f"{name}.{kind}")
+        with writing(out / f"{name}.{kind}", binary=True) as file:
+            figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
         figure.set_layout_engine("none")  # it has its layout
     print(f"{out / name}.pdf, .png")
 

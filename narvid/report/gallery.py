@@ -15,7 +15,6 @@ Legend: B queries, V videos, K frames of a video and sentences of its narration,
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 
 from narvid import InputError, distributed
+from narvid.files import read_text, write_text, writing
 from narvid.data.datasets import Split, tokenize
 from narvid.evaluation import Encoding, encode_videos, score_queries
 from narvid.flags import Parser, as_argv, positive
@@ -230,19 +230,17 @@ def _short(value: float) -> float:
 
 def write_strips(out: Path, data: dict, frames_dir: Path) -> None:
     """One jpg a shown video: its frames side by side, cropped as the model sees them."""
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
     for video in tqdm(data["videos"].values(), desc="pictures", unit="video"):
         pixels = read_frames(frame_paths(frames_dir, video["id"], video["frames"]), TILE).numpy()  # (n, 3, side, side)
         strip = Image.fromarray(np.concatenate(list(pixels.transpose(0, 2, 3, 1)), axis=1))
-        temporary = out / "pictures" / ".strip.tmp"
-        strip.save(temporary, format="JPEG", quality=80)
-        os.replace(temporary, out / video["strip"])
+        with writing(out / video["strip"], binary=True) as file:
+            strip.save(file, format="JPEG", quality=80)
 
 
 def make_page(data: dict) -> str:
     """The page with its data inside. No text of the data can end the script element or start a comment in it."""
     text = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
+    return read_text(TEMPLATE).replace("__DATA__", text)
 
 
 def check_out(out: Path) -> None:
@@ -278,9 +276,8 @@ def main(argv: list[str] | None = None) -> Path:
     sides = choose_sides(sources, [given.left, given.right])
     data = make_data(sources, runs, sides, queries=given.queries, top=given.top)
     write_strips(given.out, data, splits[-1].frames_dir)
-    page, temporary = given.out / "index.html", given.out / "pictures" / ".index.tmp"
-    temporary.write_text(make_page(data), encoding="utf-8")
-    os.replace(temporary, page)
+    page = given.out / "index.html"
+    write_text(page, make_page(data))
     print(f"{page}: {len(data['queries'])} of {data['of']['queries']} queries, {len(data['videos'])} videos; of all "
           "queries " + ", ".join(f"{count} {name}" for name, count in data["counts"].items()))
     return page

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import yaml
-
+from narvid.files import read_yaml
 from narvid.flags import as_argv
 from narvid.methods import METHODS
 from narvid.run.same_run import FREE_TO_CHANGE
@@ -93,7 +92,7 @@ def _show(value) -> str:
 
 def read_published(path: Path = PUBLISHED) -> tuple[list[dict], list[Row]]:
     """The data file -> its tables as they stand there, and every row of them."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     rows = []
     for table in content["tables"]:
         for part, entries in table["parts"].items():
@@ -125,7 +124,7 @@ def resolve(row: Row, entry: dict, corpora: dict[str, list[int]]) -> None:
 def _meaning_of(preset: str, flags: str) -> dict:
     """Of a preset's name and more flags, in JSON."""
     config = ROOT / "configs" / f"{preset}.yaml"
-    method = yaml.safe_load(config.read_text(encoding="utf-8")).get("method", DEFAULT_METHOD)
+    method = read_yaml(config).get("method", DEFAULT_METHOD)
     argv = as_argv(json.loads(flags), PUBLISHED.name, build_parser(method))
     return meaning(vars(parse_args(["--config", str(config), *argv, "--output_dir", "."])))
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from narvid import InputError
+from narvid.files import write_text
 from narvid.report.runs import final_of, read_config, read_results
 from narvid.run.run_dir import load_checkpoint
 from narvid.run.settings import DEFAULT_METHOD
@@ -337,13 +337,6 @@ def as_csv(rows: list[Row], runs_of_row: dict[int, list[Run]]) -> str:
     return text.getvalue()
 
 
-def write(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print the tables and write them beside the runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -358,6 +351,6 @@ def main(argv: list[str] | None = None) -> None:
     runs, said = read_runs(folder)
     runs_of_row, more = assign(runs, rows)
     text = as_markdown(tables, rows, runs_of_row, said + more)
-    write(folder / "tables.md", text)
-    write(folder / "tables.csv", as_csv(rows, runs_of_row))
+    write_text(folder / "tables.md", text)
+    write_text(folder / "tables.csv", as_csv(rows, runs_of_row))
     print(text)

@@ -24,6 +24,8 @@ from narvid.run.exported import load_model
 from narvid.run.feature_cache import with_features
 from narvid.run.settings import DEFAULT_METHOD, autocast, eval_autocast, is_ours
 
+VOCABULARY = 49408  # tokens that CLIP's tokenizer has
+
 
 def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.Module:
     """The method with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones.
@@ -96,6 +98,9 @@ def _build_towers(args: argparse.Namespace, stored: dict, source: str | None, *,
 
 
 def _check_sizes(args: argparse.Namespace, config: towers.ClipConfig) -> None:
+    if (size := config.text_cfg.get("vocab_size", VOCABULARY)) < VOCABULARY:
+        raise InputError(f"--clip_model {args.clip_model}: its vocab_size {size} is less than the tokenizer's "
+                         f"{VOCABULARY}")
     if args.max_words > config.context_length:
         raise InputError(f"--max_words {args.max_words}: the text tower has {config.context_length} positions")
     most = METHODS[args.method].max_frames

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from narvid import InputError
+from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, count, number, positive, positive_float
@@ -194,13 +195,10 @@ def in_full(name: str) -> str:
 
 def read_queries(name: str) -> list[str]:
     """One query a line, blank lines left out; "-" is the standard input."""
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        text = text.removeprefix("\ufeff")  # some editors put it there
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} cannot be read ({error}): give a UTF-8 file of one query a line") from error
-    if not (queries := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise InputError(f"{'the standard input' if name == '-' else name} holds no query: write one a line")
+    where, advice = "the standard input" if name == "-" else name, "give a UTF-8 file of one query a line"
+    text = as_text(sys.stdin.buffer.read(), where, advice=advice) if name == "-" else read_text(name, advice=advice)
+    if not (queries := [line.strip() for line in text.split("\n") if line.strip()]):
+        raise InputError(f"{where} holds no query: write one a line")
     return queries
 
 

@@ -4,7 +4,6 @@ Not here: which file may be served to whom (server.py), decoding and encoding (n
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -13,6 +12,7 @@ from pathlib import Path
 import av
 
 from narvid import InputError
+from narvid.files import replace
 from narvid.search.store import File
 from narvid.data.videos import compress_video, open_container
 
@@ -48,7 +48,7 @@ def made(folder: Path, file: File, path: Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
         compress_video(path, temporary, **MADE_CLIP)
-        os.replace(temporary, clip)
+        replace(temporary, clip)
     except (OSError, av.FFmpegError) as error:
         raise InputError(f"no mp4 for browsers could be made of {file.path} ({error.strerror})") from error
     return clip

@@ -7,7 +7,6 @@ write permission, and lie on a network disk. One process writes (it holds <folde
 thread has a connection of its own.
 """
 
-import fcntl
 import os
 import sqlite3
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 from narvid import InputError
+from narvid.files import lock, replace
 
 NAME, LOCK_NAME = "index.db", "lock"
 KIND, VERSION = 0x4E56, 1  # "NV", SQLite's application_id of our files; the version of what they hold
@@ -100,18 +100,7 @@ class Database:
 
     def _take_lock(self) -> None:
         """<folder>/lock, held until it is closed or the process ends; makes the folder where it is missing."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK_NAME, "a")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}): give another --out") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise InputError(f"{self.path}: the index is being written by another process; wait for it") from None
-        except OSError:
-            pass  # a disk without locks
+        self._lock = lock(self.path, LOCK_NAME)
 
     def _create(self, fill: Callable) -> None:
         """A new database, under a temporary name first."""
@@ -132,7 +121,7 @@ class Database:
                 connection.execute("COMMIT")
             finally:
                 connection.close()
-        os.replace(temporary, self._file)
+        replace(temporary, self._file)
 
     def _check(self) -> None:
         """InputError unless the file is ours and this version can read it."""

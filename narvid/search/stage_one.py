@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from narvid import InputError
+from narvid.files import replace
 
 FLAT = 200_000  # vectors up to which all are compared (docs/scaling.md: measured)
 LISTS = 1024  # of an IVF index
@@ -87,11 +88,11 @@ class StageOne:
         """Keep it in the index folder; one that cannot be written to is searched all the same."""
         paths = files_of(folder, kind)
         temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
-        with contextlib.suppress(OSError, RuntimeError):  # the latter is FAISS's
+        with contextlib.suppress(OSError, RuntimeError, InputError):  # the second is FAISS's
             _faiss().write_index(self.index, str(temporary[0]))
             np.savez(temporary[1], ids=self.ids, told=self.told, total=self.index.ntotal)
             for path, final in zip(temporary, paths):
-                os.replace(path, final)
+                replace(path, final)
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def test_msrvtt_presets_carry_the_papers_values(name, clip_model, p, lam, eta, a
         ("modules: [NM, XYZ]\n", ["my.yaml", "--modules", "XYZ"]),
         ("- epochs\n", ["my.yaml", "flag: value"]),
         ("", ["my.yaml", "flag: value"]),
-        ("epochs: 3\n  lr: [\n", ["my.yaml", "line 2"]),
+        ("epochs: 3\n  lr: [\n", ["my.yaml:2", "not YAML"]),
     ],
 )
 def test_a_mistake_in_a_preset_is_one_sentence_with_its_file(tmp_path, text, words):
