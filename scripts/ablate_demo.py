@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from narvid import InputError
+from narvid.files import read_lines, write_text, writing
 from narvid.flags import count, positive
 from narvid.metrics import paired_bootstrap
 from narvid.model import MODULES
@@ -62,10 +63,8 @@ def export_towers(run: Path, target: Path) -> None:
         raise InputError(f"{run / 'best.pt'}: the rows' common towers are not there; `bash scripts/ablate_demo.sh` "
                          "trains them")
     model = load_checkpoint(run / "best.pt")["model"]
-    unfinished = target.with_suffix(".tmp")
-    torch.save({key.removeprefix("clip."): value for key, value in model.items() if key.startswith("clip.")},
-               unfinished)
-    os.replace(unfinished, target)
+    with writing(target, binary=True) as file:
+        torch.save({key.removeprefix("clip."): value for key, value in model.items() if key.startswith("clip.")}, file)
 
 
 def take_pairs(corpus: Path, folder: Path, *, pairs: int, on: str) -> None:
@@ -73,22 +72,15 @@ def take_pairs(corpus: Path, folder: Path, *, pairs: int, on: str) -> None:
 
     One epoch over them is the wanted number of steps. Choices are made with on = "val": then nothing can read test.
     """
-    try:
-        splits = {name: (corpus / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-                  for name in ("train", on)}
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); `bash scripts/ablate_demo.sh` makes "
-                         "the corpus") from error
+    advice = "`bash scripts/ablate_demo.sh` makes the corpus"
+    splits = {name: read_lines(corpus / f"{name}.jsonl", advice=advice) for name in ("train", on)}
     every = splits["train"]
     if pairs > len(every):
         raise InputError(f"{corpus / 'train.jsonl'}: {len(every)} pairs, the steps take {pairs}; lower --steps or "
                          "--batch_size, or make a larger corpus")
-    folder.mkdir(parents=True, exist_ok=True)
     lines = {"train": [every[i * len(every) // pairs] for i in range(pairs)], "test": splits[on]}
     for name, chosen in lines.items():
-        unfinished = folder / f".{name}.tmp"
-        unfinished.write_text("".join(chosen), encoding="utf-8")
-        os.replace(unfinished, folder / f"{name}.jsonl")
+        write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in chosen))
 
 
 def train(argv: list[str], threads: int) -> None:
@@ -230,9 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     train_all(runs, jobs=args.jobs, threads=args.threads)
     text = report(runs_of, args)
     print(text)
-    unfinished = args.out / ".ablation.tmp"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, args.out / "ablation.md")
+    write_text(args.out / "ablation.md", text)
 
 
 if __name__ == "__main__":

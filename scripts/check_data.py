@@ -9,7 +9,6 @@ each before it starts) and changes nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +18,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from narvid import InputError
+from narvid.data.datasets import AGAIN, read_pairs
 from narvid.data.frames import load_frame_index
 from narvid.data.narrations import load_narrations
+from narvid.files import read_json
 from narvid.methods import METHODS
 from narvid.run.settings import preset_flags
 
@@ -64,7 +65,7 @@ def check_annotations(data_dir: Path) -> tuple[Finding, dict[str, set[str]]]:
     for split in SPLITS:
         path = data_dir / f"{split}.jsonl"
         if path.is_file():
-            ids = read_videos(path)
+            ids = [video for _, video, _ in read_pairs(path)]
             videos[split], counts[split] = set(ids), (len(set(ids)), len(ids))
     if absent := [f"{split}.jsonl" for split in NEEDED if not videos.get(split)]:
         return Finding("annotations", f"no query in {' and '.join(absent)}", todo), videos
@@ -79,28 +80,17 @@ def check_annotations(data_dir: Path) -> tuple[Finding, dict[str, set[str]]]:
     return Finding("annotations", f"{prepared['protocol']}: {found}{missing}", None), videos
 
 
-def read_videos(path: Path) -> list[str]:
-    """The video of each query; InputError names the line that has none."""
-    videos = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            videos.append(str(json.loads(line)["video"]))
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{path}, line {number}: expected {{"video": id, "query": text}}') from None
-    return videos
-
-
 def read_prepared(path: Path) -> dict | None:
     """prepared.json, None where there is none."""
-    try:
-        prepared = json.loads(path.read_text(encoding="utf-8"))
-        return {key: prepared[key] for key in ("protocol", "videos", "queries", "missing")}
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is not what the prepare scripts write; prepare the annotations again") from None
+    prepared = read_json(path, dict, advice=AGAIN)
+    counts = [prepared.get(name) for name in ("videos", "queries")]
+    if not (isinstance(prepared.get("protocol"), str) and isinstance(prepared.get("missing"), list)
+            and all(isinstance(of, dict) and all(type(n) is int for n in of.values()) for of in counts)
+            and counts[0].keys() == counts[1].keys()):
+        raise InputError(f"{path}: is not what the prepare scripts write; {AGAIN}")
+    return prepared
 
 
 def check_frames(frames_dir: Path, data_dir: Path, videos: set[str]) -> tuple[Finding, dict[str, list[float]]]:

@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from narvid import InputError  # noqa: E402
+from narvid.files import read_csv, read_json, read_json_lines, replace, write_text
 from narvid.flags import count, share  # noqa: E402
 from narvid.progress import tqdm
 
@@ -278,7 +279,7 @@ def encode(frames: np.ndarray, path: Path) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode())
-    os.replace(unfinished, path)
+    replace(unfinished, path)
 
 
 def make_video(number: int, *, seed: int, folder: Path) -> None:
@@ -288,14 +289,6 @@ def make_video(number: int, *, seed: int, folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- the annotation
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    os.replace(unfinished, path)
-
-
 def as_csv(rows: list[list[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -355,7 +348,7 @@ def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[di
 
 def make_videos(args: argparse.Namespace) -> None:
     settings, wanted = args.out / "generator.json", {"generator": GENERATOR, "seed": args.seed}
-    if settings.is_file() and (found := json.loads(settings.read_text())) != wanted:
+    if settings.is_file() and (found := read_json(settings)) != wanted:
         raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: give another --out, or delete it")
     folder, total = args.out / "videos", args.train + args.val + args.test
     folder.mkdir(parents=True, exist_ok=True)
@@ -419,8 +412,7 @@ def read_truth(path: Path) -> dict[str, list[dict]]:
     """truth.jsonl as {video: events}."""
     if not path.is_file():
         raise InputError(f"{path} is missing: run `make_demo_corpus.py videos` first")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line["video"]: line["events"] for line in lines}
+    return {line["video"]: line["events"] for _, line in read_json_lines(path)}
 
 
 def narrate(args: argparse.Namespace) -> None:
@@ -453,14 +445,13 @@ def report(written: dict[str, list[dict]], queries: Path) -> None:
     print(f"{len(sentences)} sentences, {len({s['text'] for s in sentences})} different")
     print(f"hallucinated {1 - len(others) / len(sentences):.1%}; of the others wrong colour {colour:.1%}, "
           f"wrong shape {shape:.1%}; equal neighbours {sum(equal) / max(len(equal), 1):.1%}")  # fmt: skip
-    with open(queries, newline="", encoding="utf-8") as file:
-        for row in list(csv.DictReader(file))[:3]:
-            print(f"query of {row['video_id']}: {row['sentence']}")
-            for s in written[row["video_id"]]:
-                print(
-                    f"  {s['time']:4.1f} s  {s['text']}"
-                    + (f"   <- wrong {', '.join(s['wrong'])}" if s["wrong"] else "")
-                )
+    for _, row in read_csv(queries, ["video_id", "sentence"])[:3]:
+        print(f"query of {row['video_id']}: {row['sentence']}")
+        for s in written[row["video_id"]]:
+            print(
+                f"  {s['time']:4.1f} s  {s['text']}"
+                + (f"   <- wrong {', '.join(s['wrong'])}" if s["wrong"] else "")
+            )
 
 
 # --------------------------------------------------------------------------------------------------- the command line

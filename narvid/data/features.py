@@ -29,10 +29,12 @@ class Store:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 keys, rows, features = json.loads(state["keys"]), state["rows"], state["features"]
+                ends = rows.cumsum(0).tolist()
+                if not (len(keys) == len(ends) > 0 and ends[-1] == len(features) and all(rows > 0)):
+                    raise ValueError("keys, rows and features do not fit")
             except Exception as error:  # zip, pickle and torch each raise their own
                 raise InputError(f"{path}: cannot be read or is damaged ({type(error).__name__}); delete it, its "
                                  "features are then made again") from error
-            ends = rows.cumsum(0).tolist()
             self.place.update(zip(keys, zip([len(self.files)] * len(keys), [0, *ends], ends)))
             self.files.append(features)
 

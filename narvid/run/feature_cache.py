@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from narvid import InputError
+from narvid import InputError, files
 from narvid.towers import encode_frames, encode_text
 from narvid.data.features import Features, Store
 from narvid.data.datasets import FrameDataset, Split, make_loader, tokenize
@@ -132,16 +131,10 @@ def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding:
               for kind, plural in zip(KINDS, ("videos", "queries", "sentences"))]
     tqdm.write(f"{folder}: {', '.join(counts)} are to be encoded, about {needed / 2**20:,.0f} MiB")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".made_of-{uuid.uuid4().hex}.tmp"  # another run may start at the same moment
-        temporary.write_text(json.dumps(made_of, indent=1))
-        os.replace(temporary, folder / "made_of.json")
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return f"--feature_cache {folder.parent}: cannot be written ({error.strerror}); name another folder"
-    if needed > free:
-        return (f"--feature_cache {folder.parent}: needs {needed / 2**30:.1f} GiB and its disk has "
-                f"{free / 2**30:.1f}; make room, or name a folder elsewhere")
+        files.try_writing(folder, int(needed))
+        files.write_json(folder / "made_of.json", made_of)
+    except InputError as error:
+        return f"--feature_cache {error}"
     return None
 
 
@@ -209,15 +202,5 @@ def _write(folder: Path, kind: str, parts: list[Part]) -> None:
     # One string of keys: a list of them takes torch's reader twenty times as long.
     state = {"keys": json.dumps(sum(keys, [])), "rows": torch.tensor(sum(rows, [])), "features": torch.cat(features)}
     path = folder / f"{kind}-{uuid.uuid4().hex}.pt"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer hides the first in the second
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
-        raise InputError(f"--feature_cache {folder.parent}: {path.name} cannot be written ({reason}); what is there is "
-                         "kept, make room and start again") from error
+    with files.writing(path, binary=True) as file:
+        torch.save(state, file)

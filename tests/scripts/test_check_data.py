@@ -147,7 +147,7 @@ def test_the_demo_is_made_by_its_script(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("train.jsonl", '{"video": "a"}\n{"vid', ["train.jsonl, line 2"]),
+        ("train.jsonl", '{"video": "a", "query": "x"}\n{"vid', ["train.jsonl:2"]),
         ("prepared.json", "[]", ["prepared.json", "prepare the annotations again"]),
     ],
 )
