@@ -1,6 +1,7 @@
 """The paper once more in numpy, float64 and loops: slow and obvious, for the tests to compare the torch code with.
 
-Written from the paper (Hur et al., CVPR 2025; "Sec.", "Eq." and "App." refer to it) alone; where the released code differs, the README says how.
+Written from the paper (Hur et al., CVPR 2025; "Sec.", "Eq." and "App." refer to it) alone; where the released code
+differs, the README says how.
 Nothing here imports narvid or torch, and nothing here is vectorised over queries or videos: a function sees one
 query and one video wherever the paper does. `fidelity` is "paper" or "reported".
 

@@ -1,6 +1,7 @@
 """CLIP4Clip and the zero-shot baseline once more in numpy, float64 and loops, one query and one video at a time.
 
-Written before the torch code, from a description of the method; imports neither narvid nor torch. `state` holds the keys
+Written before the torch code, from a description of the method; imports neither narvid nor torch. `state` holds the
+keys
 of CLIP4Clip's own checkpoints. K frames of a video, D joint dimension; masks True = real.
 """
 
