@@ -99,8 +99,8 @@ def stop_unless_finite(value: float, what: str, batches: list, split, world) -> 
     if not np.isfinite(value):
         index = distributed.gather(torch.cat([batch.video for batch in batches]).to(world.device))
         names = ", ".join(split.videos[v] for v in index.tolist())
-        raise InputError(f"{what} is {value}; videos of the batch: {names}. The last good checkpoint is kept; "
-                         "lower the learning rates or look at these videos")
+        raise distributed.SaidByAll(f"{what} is {value}; videos of the batch: {names}. The last good checkpoint is "
+                                    "kept; lower the learning rates or look at these videos")
 
 
 def plain(model) -> torch.nn.Module:
@@ -121,7 +121,8 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
     model = trained if args.eval_precision == "train" else optim.in_fp32(trained)
     split = splits[name]
     encoding = encoding_of(model, args, world)
-    videos = encode_videos(model, split, encoding, world)
+    with distributed.together(world):  # a frame that is broken inside is found by one rank
+        videos = encode_videos(model, split, encoding, world)
     scores = score_queries(model, split.queries, videos, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
               "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
@@ -207,7 +208,10 @@ def run_task(args: argparse.Namespace, world: distributed.World, run: RunDir, si
                 run.log(sentence)
     train(parts, progress, splits, identity, args, world, run, signals)
     with signals.at_once():
-        best = run.load("best.pt") if world.rank == 0 else None
+        with distributed.together(world):
+            best = run.load("best.pt") if world.rank == 0 else None
+            if world.rank == 0 and best is None:
+                raise InputError(f"{run.path / 'best.pt'}: is gone; evaluate last.pt, --eval_only --checkpoint")
         if best:
             model.load_state_dict(best["model"])
         distributed.spread(model, world)

@@ -296,6 +296,10 @@ def lock(folder: str | Path, name: str = ".lock", *, wait: bool = False) -> IO[b
                          "folder") from None
     except OSError:
         return file
+    path = folder / name
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        file.close()  # its owner has gone in this moment, and removed it with the folder
+        return lock(folder, name, wait=wait)
     _held.add(file)
     with suppress(OSError):  # a full disk: the lock holds, its owner is not named
         file.truncate(0)

@@ -119,7 +119,10 @@ def in_one_sentence() -> Iterator[None]:
         name = signal.Signals(stopped.number).name
         _leave(f"stopped by {name}: {stopped.saved}; --resume auto goes on", 128 + stopped.number, speaks=rank == 0)
     except InputError as error:
-        _leave(f"error: {error}", 1, speaks=rank == 0 or not isinstance(error, distributed.SaidByAll))
+        said_by_all = isinstance(error, distributed.SaidByAll)
+        if said_by_all:
+            distributed.stop()
+        _leave(f"error: {error}", 1, speaks=rank == 0 or not said_by_all)
     except RuntimeError as error:
         if not distributed.is_lost(error):
             raise

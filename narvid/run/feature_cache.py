@@ -9,10 +9,11 @@ towers knows nothing of it, nor does evaluation, whose videos come from here too
               words-*.pt         a training query's words (L, D), the last of them its eos
               eos-*.pt           the eos (1, D) of a sentence of a narration, or of a title
 
-Other weights or another config have another key, a jpg written anew makes its video a new one: nothing stale is read,
-and nothing is deleted. The device is no part of the key: a GPU may fill what a small machine trains from. Files are
-written whole, under a temporary name, and never change: a kill costs at most what came after the last one, ranks and
-other runs add theirs; two runs that fill at once do so twice. Reading them is narvid/data/features.py.
+Other weights or another config have another key, and so have training and evaluation where their number formats
+differ; a jpg written anew makes its video a new one: nothing stale is read, and nothing is deleted. The device is no
+part of the key: a GPU may fill what a small machine trains from. Files are written whole, under a temporary name, and
+never change: a kill costs at most what came after the last one, ranks and other runs add theirs; two runs that fill at
+once do so twice. Reading them is narvid/data/features.py.
 Not here: which flags go together, the towers.
 
 Legend: V videos, K frames of a video, B queries, L words of a query, U distinct sentences, D joint dimension.

@@ -101,6 +101,9 @@ def check(folder: Path, state: dict, identity: dict, args: argparse.Namespace) -
     if before is None:
         check_settings(folder, {**state["args"], "select_on": args.select_on}, args)
         return ["last.pt is of a version that did not note the run's data; only its settings were compared"]
+    if not isinstance(before, dict) or not all(isinstance(before.get(part), dict) for part in identity):
+        raise InputError(f"{folder}: its last.pt is damaged, what it says of its run is not whole; begin again in a "
+                         "new --output_dir")
     check_settings(folder, before["settings"], args)
     gone = [name for name, value in identity["start"].items() if value == GONE]
     identity["start"] |= {name: before["start"].get(name) for name in gone}

@@ -190,8 +190,10 @@ def _refuse(args: argparse.Namespace, parser: Parser) -> None:
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name}: is empty; name one, or leave the flag out")
-    if args.seed >= 2**32:
-        parser.error(f"--seed {args.seed}: the generators take seeds below 2^32")
+        if isinstance(value, int) and abs(value) >= 2**32:  # beyond it seeds, and soon tensors, end
+            parser.error(f"--{name} {value}: must be below 2^32")
+    if args.rank_timeout > 1e5:
+        parser.error(f"--rank_timeout {args.rank_timeout:g}: at most 1e5 minutes, ten weeks")
     if args.max_words < 3:
         parser.error(f"--max_words {args.max_words}: the start, one word and the end need 3")
     if args.dsl_scale > 1e6:

@@ -294,6 +294,8 @@ def test_a_checkpoint_of_other_towers_is_refused(corpus, weights, tmp_path):
     [
         (["--max_words", 2], ["--max_words 2", "need 3"]),
         (["--seed", 2**32], ["--seed 4294967296", "2^32"]),
+        (["--eval_batch_size", 10**30], ["--eval_batch_size", "2^32"]),
+        (["--rank_timeout", 1e300], ["--rank_timeout", "1e5"]),
         (["--dsl_scale", 1e308], ["--dsl_scale", "1e6"]),
         (["--checkpoint", ""], ["--checkpoint: is empty"]),
         (["--clip_pretrained", ""], ["--clip_pretrained: is empty"]),

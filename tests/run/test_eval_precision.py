@@ -9,8 +9,10 @@ import tiny
 import torch
 
 import main_task_retrieval as trainer
+from narvid import InputError
 from narvid.run import optim
 from narvid.run.settings import parse_args
+from narvid.search.embedding import Embedder
 
 
 def matrices(run):
@@ -72,3 +74,12 @@ def test_evaluation_in_fp32_leaves_the_fp16_towers_as_they_are():
     assert all(torch.equal(a.float(), b) for (_, a), b in zip(before, copy.parameters()))
     assert all(p.dtype == dtype and torch.equal(p, value) for p, (dtype, value) in zip(model.parameters(), before))
     assert optim.in_fp32(copy) is copy  # nothing is copied for nothing
+
+
+def test_an_index_that_was_encoded_in_another_format_is_refused(trained):
+    """Indexes of before noted the format of training, in which they were encoded."""
+    embedder = Embedder.load(trained / "modern", device="cpu")
+    of_before = {name: value for name, value in embedder.settings.items() if name != "eval_precision"}
+    with pytest.raises(InputError, match="index.db: .*eval_precision bf16 there, fp32 here"):
+        embedder.check(of_before, "index.db")
+    embedder.check(of_before | {"eval_precision": "fp32"}, "index.db")

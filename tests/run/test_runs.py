@@ -539,7 +539,8 @@ def with_value(key, value):
 
 SPOILT = {"no model": without("model"), "no step": without("global_step"), "no optimizer": without("optimizer"),
           "a list": with_value("model", [1]), "an odd optimizer": with_value("optimizer", {"state": {}}),
-          "no args": with_value("args", None), "a torn file": None}
+          "no args": with_value("args", None), "an identity of nothing": with_value("identity", {"data": 3}),
+          "a torn file": None}
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
@@ -556,4 +557,13 @@ def test_a_damaged_last_pt_names_the_way_out(broken, spoil, has_best):
         torch.save(state, run / "last.pt")
     message = said(data, run, *flags)
     assert "last.pt" in message and message.endswith("begin again in a new --output_dir"), message
-    assert (f"--checkpoint {run / 'best.pt'}" in message) == has_best
+    if "what it says of its run" not in message:
+        assert (f"--checkpoint {run / 'best.pt'}" in message) == has_best
+
+
+def test_a_best_pt_that_was_deleted_is_missed_in_one_sentence(corpus, evaluated, tmp_path):
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    (run / "best.pt").unlink()
+    (run / "results.jsonl").unlink()
+    with pytest.raises(SystemExit, match="error: .*best.pt: is gone; evaluate last.pt, --eval_only --checkpoint"):
+        trainer.main(tiny.flags(corpus, run, *EVALUATED, "--resume", "auto"))
