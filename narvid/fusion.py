@@ -20,12 +20,20 @@ def matrix_statistics(similarity: Tensor) -> tuple[float, float]:
     return values.mean().item(), values.std(correction=0).item()
 
 
+def spreads(mean: float, std: float) -> bool:
+    """Whether a standard deviation may be divided by: it is more than a thousandth of the mean's size.
+
+    Below lie copies of one picture; what tells them apart is near to rounding, and would be made as large as all else.
+    """
+    return std > abs(mean) / 1000
+
+
 def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: Statistics | None = None) -> Tensor:
     """S_fusion of Eq. 11, weighted: 2 * (weight * z(S_qv) + (1 - weight) * z(S_qn)); weight 0.5 is the paper's.
 
     s_video, s_narration (B, V) -> (B, V). z standardises with the matrix' own mean and standard deviation, or with
     given `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix is too small (one query).
-    A constant matrix ranks nothing and becomes zeros.
+    A view that hardly spreads (see `spreads`) ranks nothing and becomes zeros.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], not {weight}")
@@ -79,4 +87,4 @@ def qb_norm(similarity: Tensor, querybank: Tensor, *, beta: float = 20.0, k: int
 
 
 def _standardise(similarity: Tensor, mean: float, std: float) -> Tensor:
-    return (similarity - mean) / std if std > 0 else torch.zeros_like(similarity)
+    return (similarity - mean) / std if spreads(mean, std) else torch.zeros_like(similarity)

@@ -31,7 +31,8 @@ from PIL import Image
 
 from narvid import InputError
 from narvid.flags import Parser, positive
-from narvid.data.videos import CLOCK_TOLERANCE, decode_video
+from narvid.data.decoding import CLOCK_TOLERANCE
+from narvid.data.videos import decode_video
 from narvid.progress import tqdm
 
 SHORT_SIDE, QUALITY, RATE = 224, 95, 30  # pixels, of the jpgs, frames per second of the clips made here

@@ -81,6 +81,23 @@ def test_fusion_does_not_see_location_or_scale():
     close(fuse(3 * s_v + 1, 0.1 * s_n - 7), fuse(s_v, s_n))
 
 
+def test_a_view_that_hardly_spreads_adds_nothing():
+    """Copies of one picture differ by rounding: that outweighs nothing, and the other view keeps its ranking."""
+    s_v, s_n = make(4)
+    flat = 0.97 + 1e-7 * s_n
+    close(fuse(s_v, flat), (s_v - s_v.mean()) / s_v.std(correction=0))
+    assert not fuse(flat, flat).any() and not fuse(torch.full((3, 4), 0.1), torch.full((3, 4), 0.1)).any()
+    stored = (0.5, 0.0), (0.97, 1e-6)  # another kind of query is not scored in millions
+    assert not fuse(s_v, s_n, 0.5, stored).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ordinary_matrices_are_divided_bit_for_bit(seed):
+    for s in (s for matrix in make(seed, torch.float32) for s in (matrix, 1e-6 * matrix, matrix + 50 * matrix.std())):
+        mean, std = matrix_statistics(s)
+        assert torch.equal(fuse(s, s, 1.0), 2 * ((s - mean) / std))
+
+
 # -------------------------------------------------------------------------------------------------------------- DSL
 
 

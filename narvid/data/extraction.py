@@ -337,7 +337,7 @@ def report(index: Path, done: list[dict], failed: list[dict], *, new: int) -> No
     print(f"{len(done)} videos, {frames} frames in {index.parent} ({new} videos new)")
     noted = sorted(entry["video"] for entry in done if "note" in entry)
     if noted:
-        print(f'{len(noted)} gave less than they announce, "note" in {index} says what: {noted[0]}, ...')
+        print(f'{len(noted)} are not as they should be, "note" in {index} says what is amiss: {noted[0]}, ...')
     if failed:
         print(f"{len(failed)} failed, {index.parent / FAILED_NAME} says why; the first: {failed[0]['why']}")
     if not done:

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 INDEX_NAME = "index.jsonl"
 FRAME_NAME = re.compile(r"[0-9]{5,}\.jpg")
 COMPLETE = "run extract_frames again, it completes the folder"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows others, and starts programs for some
+LONGEST = 100  # times a picture's short side; what is longer is cropped before it is resized
+ORIENTATION = 0x0112  # of EXIF
+_NAMES = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+TURNS = {number: Image.Transpose[name] for number, name in enumerate(_NAMES, 2)}  # what EXIF's orientation asks for
+# What PIL raises at a file that is no whole picture, or too large a one.
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
 
 
 def pick_frames(n: int, k: int) -> list[int]:
@@ -130,7 +137,7 @@ def check_jpg(path: str | Path) -> bytes:
             f"frame {path} is {'no jpg' if head else 'empty'}: delete its folder and run extract_frames again"
         )
     if tail[-2:] != b"\xff\xd9":  # some writers pad behind the end marker
-        _open_rgb(path)
+        _open_picture(path)
     return b"%d " % size + head + tail
 
 
@@ -140,23 +147,33 @@ def read_frames(paths: Sequence[str | Path], size: int) -> "torch.Tensor":
     The bytes equal those that open_clip's transform has before it makes floats of them, bit for bit; after the towers'
     normalisation the floats differ from open_clip's by less than 1e-6, for it divides by 255 first. What costs is
     decoding, and twice as much the resizing: frames stored with `size` as their shorter side are not resized.
-    An unreadable or truncated file raises an InputError naming it.
+    Other pictures are taken too: upright as their EXIF says, over white where they are transparent. InputError names a
+    file that is unreadable, truncated or larger than 178 million pixels.
     """
     import torch
 
     pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
     for i, path in enumerate(paths):
-        pixels[i] = np.asarray(_centre_square(_open_rgb(path), size)).transpose(2, 0, 1)
+        picture = _centre_square(_open_picture(path), size)
+        if picture.mode == "RGBA":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        pixels[i] = np.asarray(picture).transpose(2, 0, 1)
     return torch.from_numpy(pixels)  # (K, 3, size, size)
 
 
-def _open_rgb(path: str | Path) -> Image.Image:
-    """The decoded picture in RGB; InputError naming the file if it is missing or does not decode to its end."""
+def _open_picture(path: str | Path) -> Image.Image:
+    """The decoded picture, upright, in RGB or RGBA; InputError naming the file if it does not decode to its end."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             picture.load()
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as e:  # PIL's own errors are of these three kinds
+            turn = TURNS.get(picture.getexif().get(ORIENTATION)) if "exif" in picture.info else None
+            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+            transparent = "A" in picture.getbands() or "transparency" in picture.info
+            mode = "RGBA" if transparent else "RGB"
+            picture = picture if picture.mode == mode else picture.convert(mode)
+            return picture if turn is None else picture.transpose(turn)
+    except PICTURE_ERRORS as e:
         raise InputError(f"frame {path} cannot be decoded ({e}): delete its folder and run extract_frames again") from e
 
 
@@ -164,6 +181,10 @@ def _centre_square(picture: Image.Image, size: int) -> Image.Image:
     """CLIP's resize and crop, with torchvision's rounding: the long side is cut to an integer, the margin rounded."""
     width, height = picture.size
     short = min(width, height)
+    if max(width, height) > LONGEST * short:  # resized in whole, a line of pixels would fill the memory
+        width, height = min(width, LONGEST * short), min(height, LONGEST * short)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        picture = picture.crop((left, top, left + width, top + height))
     if short != size:
         width, height = int(size * width / short), int(size * height / short)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from narvid import InputError
+from narvid.data.frames import PICTURE_ERRORS
 from narvid.narration.answers import Failed, is_refusal
 from narvid.narration.captioners import Captioner
 
@@ -44,7 +45,7 @@ def thumbnail(path: str | Path) -> np.ndarray:
         with Image.open(path) as picture:
             picture.draft("L", (32, 32))
             small = picture.convert("L").resize((16, 16), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
+    except PICTURE_ERRORS as error:
         raise InputError(
             f"frame {path} cannot be decoded ({error}): delete its folder and run extract_frames again"
         ) from error

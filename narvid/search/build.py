@@ -23,12 +23,13 @@ import numpy as np
 
 from narvid import InputError
 from narvid.narration.captioners import Captioner
+from narvid.narration.pictures import SAME_FRAME, distinct_frames
 from narvid.data.frames import read_frames
 from narvid.data.videos import SHORT_SIDE, Clip, read_video
 from narvid.progress import tqdm
 from narvid.search.database import NAME
 from narvid.search.engine import compute_statistics
-from narvid.search.reading import find_videos, read_all, windows_of
+from narvid.search.reading import find_videos, join_alike, read_all, windows_of
 from narvid.search.store import File, Store
 from narvid.search.telling import UNTOLD, Narrator
 
@@ -162,6 +163,9 @@ def index_files(
             sentences, note = narrator.tell(path, clip, picked)
             if narrator.settings["captioner"] != store.settings["captioner"]:  # the server refused a parameter
                 store.update_settings(**narrator.settings)
+            leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in picked], SAME_FRAME)
+            seen = dict(zip(picked, leaders, strict=True))
+            windows = join_alike(windows, lambda n, seen=seen, sentences=sentences: (seen[n], sentences[n]))
             features, pooled = encode(clip, windows, None if narrator.is_silent else sentences, embedder)
             frames = [(*frame, sentences.get(n)) for n, frame in enumerate(zip(clip.times, clip.jpegs, strict=True))]
             note = "; ".join(filter(None, (clip.note, note)))

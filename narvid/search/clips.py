@@ -12,9 +12,10 @@ from pathlib import Path
 import av
 
 from narvid import InputError
+from narvid.data.decoding import announced_seconds, open_video
+from narvid.data.videos import compress_video
 from narvid.files import replace
 from narvid.search.store import File
-from narvid.data.videos import compress_video, open_container
 
 MADE_CLIP = {"fps": 15.0, "short_side": 360, "crf": 23, "max_seconds": 7200.0}  # of what browsers cannot play
 PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, media type); 4:2:0 of 8 bits alone
@@ -24,16 +25,24 @@ PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, media type); 4
 
 
 @lru_cache(maxsize=4096)
-def playable_as(path: Path, size: int, mtime_ns: int) -> str | None:
-    """The media type as which every current browser plays this file, None if it may not; cached for that very file."""
+def playable_as(path: Path, size: int, mtime_ns: int, seconds: float | None = None) -> str | None:
+    """The media type as which every current browser plays this file, None if it may not; cached for that very file.
+
+    seconds: its length in the index. A browser follows the file's own clock and first stream, so one that announces
+    much more or shows another stream is not played as it is.
+    """
     try:
-        with open_container(path) as container:
-            endings, codecs, media_type = PLAYABLE.get(container.format.name, ((), (), None))
-            codec = container.streams.video[0].codec_context
-            plays = codec.name in codecs and codec.pix_fmt in ("yuv420p", "yuvj420p")
-    except (av.FFmpegError, OSError, IndexError, AttributeError):
+        container, stream = open_video(path)
+    except InputError:
         return None
-    return media_type if plays and path.suffix.lower() in endings else None
+    with container:
+        endings, codecs, media_type = PLAYABLE.get(container.format.name, ((), (), None))
+        codec = stream.codec_context
+        plays = codec.codec.canonical_name in codecs and codec.pix_fmt in ("yuv420p", "yuvj420p")
+        plays = plays and stream == container.streams.video[0] and path.suffix.lower() in endings
+        if seconds is not None and announced_seconds(container, stream) > 1.1 * seconds + 10:
+            plays = False
+    return media_type if plays else None
 
 
 def made(folder: Path, file: File, path: Path) -> Path:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from narvid import InputError
+from narvid.fusion import spreads
 from narvid.methods.clip4clip import mean_pool
 from narvid.methods.protocol import names_of
 from narvid.model import Queries, Videos, place_frames
@@ -214,8 +215,7 @@ class Embedder:
         parts = []
         weights = (self.weight, 1 - self.weight) if self.narration else (1.0,)
         for view, of_view, weight in zip(self.views, statistics, weights):
-            std = of_view[1] if of_view else 0.0
-            scale = weight / std if std > 0 else 0.0
+            scale = 0.0 if of_view is None else weight / (of_view[1] if spreads(*of_view) else 1.0)
             eos = (queries[view] if isinstance(queries, dict) else queries).eos
             parts.append(scale * F.normalize(eos.float(), dim=-1))
         return torch.cat(parts, dim=1).cpu().numpy()

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from narvid import InputError, fusion
@@ -113,9 +112,8 @@ class Engine:
         """Windows that look like a picture, given the bytes of its file; InputError where that is no picture."""
         try:
             frames = read_frames([BytesIO(data)], self.embedder.image_size)
-        except (InputError, Image.DecompressionBombError) as error:
-            raise InputError("the picture cannot be read: give a whole jpg, png, webp or gif file of at most "
-                             "178 million pixels") from error
+        except InputError as error:
+            raise InputError("the picture cannot be read: no jpg, png, webp or gif below 178 million pixels") from error
         return self._like(self.embedder.videos([frames]), **same)
 
     def like_clip(self, path: str | Path, **same) -> list[Answer]:
@@ -249,17 +247,19 @@ class Engine:
 
 
 def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: ViewStatistics) -> Tensor:
-    """Eq. 11 (B, n) with given statistics; 2 z(S_qv) where `both` (B, n) says that the narration does not count."""
-    of_video = statistics[0]
+    """Eq. 11 (B, n) with given statistics; 2 z(S_qv) where `both` (B, n) says that the narration does not count; what
+    hardly spreads is centred, not divided, for videos that look alike are ranked too.
+    """
+    of_video, of_narration = (of and (of[0], of[1] if fusion.spreads(*of) else 1.0) for of in statistics)
     alone = fusion.fuse(scores["video"], scores["video"], 1.0, (of_video, of_video))
     if not both.any():
         return alone
-    return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, statistics), alone)
+    return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, (of_video, of_narration)), alone)
 
 
 def reasons(s_video: float, s_narration: float | None, frames: list[Seen], statistics: ViewStatistics) -> str:
     """Why a window stands where it stands, in a sentence."""
-    views = [(name, (s - mean) / std if std else 0.0) for name, s, (mean, std) in
+    views = [(name, (s - mean) / std if fusion.spreads(mean, std) else 0.0) for name, s, (mean, std) in
              (("frames", s_video, statistics[0]), ("sentences", s_narration, statistics[1] or (0, 0))) if s is not None]
     parts = " and ".join(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}"
                          for name, z in views)
@@ -328,9 +328,10 @@ def compute_statistics(store: Store, embedder: Embedder, queries: list[str] | No
 
 def _measure(scores: dict[str, Tensor], pairs: np.ndarray, told: np.ndarray) -> ViewStatistics:
     """Statistics of the scores of these pairs (B, n); of S_qn over the told ones, None where there is none."""
-    of_video = fusion.matrix_statistics(scores["video"][torch.from_numpy(pairs)])
-    hears = "narration" in scores and told.any()
-    return of_video, fusion.matrix_statistics(scores["narration"][torch.from_numpy(told)]) if hears else None
+    def of(view: str, chosen: np.ndarray) -> tuple[float, float]:
+        mean, std = fusion.matrix_statistics(scores[view][torch.from_numpy(chosen)])
+        return mean, std * (std > 1e-3)  # copies of one picture differ less: to divide by that makes scores of millions
+    return of("video", pairs), of("narration", told) if "narration" in scores and told.any() else None
 
 
 def _sentences(store: Store, windows: list[Window]) -> set[str]:

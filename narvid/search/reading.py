@@ -9,7 +9,7 @@ import os
 import stat
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from math import inf
@@ -94,6 +94,23 @@ def windows_of(clip: Clip, window: float, fps: float, max_frames: int) -> list[t
         shown = frames_between(clip.times, start, end if end < clip.seconds else inf, fps)
         windows.append((start, end, [shown[i] for i in pick_frames(len(shown), max_frames)]))
     return windows
+
+
+def join_alike(windows: Sequence[tuple[float, float, list[int]]],
+               shown: Callable[[int], Hashable]) -> list[tuple[float, float, list[int]]]:
+    """One window, from the start of the first to the end of the last, for every run of windows that show the same.
+
+    shown: of a frame's number, what is seen and told then. Half an hour of one slide is one answer, not a hundred.
+    """
+    joined, last = [], None
+    for start, end, picks in windows:
+        content = set(map(shown, picks))
+        if content == last:
+            joined[-1] = (joined[-1][0], end, joined[-1][2])
+        else:
+            joined.append((start, end, picks))
+        last = content
+    return joined
 
 
 # ---- many files ----

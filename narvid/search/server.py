@@ -186,7 +186,7 @@ class Site:
         if "," in request.headers.get("range", ""):  # no browser asks so, and it can be made to cost much
             raise HTTPException(416, "ask for one range at a time")
         file, path, found = await self._read(self._indexed_file, _id(request, "file"))
-        media_type = await self._read(clips.playable_as, path, found.st_size, found.st_mtime_ns)
+        media_type = await self._read(clips.playable_as, path, found.st_size, found.st_mtime_ns, file.seconds)
         if media_type is None:
             async with self.making:
                 try:
