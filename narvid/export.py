@@ -18,7 +18,7 @@ from narvid.flags import Parser, command
 from narvid.methods import METHODS
 from narvid.report.runs import final_of, is_result, read_results
 from narvid.run.build import build_model
-from narvid.run.exported import AGAIN, CONFIG, read_config, write_exported
+from narvid.run.exported import AGAIN, CONFIG, load_model, read_config, write_exported
 from narvid.run.settings import named, of_a_model, parse_args
 
 CARD = """# {title}
@@ -38,23 +38,35 @@ a second at most, and reads up to {max_words} tokens of a query{heard}.
 
 Loading it executes nothing. `--checkpoint {folder}` evaluates it, trains it further, or searches with it.
 
+## Data
+
+{data}
+
 ## Results
 
 {results}
 """
 
 
-def export(folder: str | Path, model: torch.nn.Module, flags: argparse.Namespace, result: dict | None) -> None:
-    """Write a model, built with these flags, to a folder; `result`: of its evaluation on test, None: not known.
+def export(folder: str | Path, model: torch.nn.Module, flags: argparse.Namespace, source: Path | None,
+           data: dict | None) -> None:
+    """Write a model, built with these flags, to a folder.
 
+    source: where it was loaded from, for the result that is known of it. data: of `data_of`.
     InputError where the folder holds anything else, or the disk refuses.
     """
+    result = result_of(source) if source else None
     kept = {name: value for name, value in vars(flags).items() if name in of_a_model(flags.method)}
     if model.progress:  # a released file does not say what chose it
         kept["select_on"] = flags.select_on
-    config = {"flags": {"method": flags.method, **kept}, "towers": asdict(model.clip.config), "result": result,
-              "epoch": model.progress.get("epoch"), "step": model.progress.get("step")}
-    write_exported(folder, model.state_dict(), config, card(Path(folder).name, model, flags, result))
+    config = {"flags": {"method": flags.method, **kept}, "towers": asdict(model.clip.config),
+              "epoch": model.progress.get("epoch"), "step": model.progress.get("step"), "data": data, "result": result}
+    write_exported(folder, model.state_dict(), config, card(Path(folder).name, model, flags, data, result))
+
+
+def data_of(stored: dict) -> dict[str, str] | None:
+    """What a checkpoint says of the data that it was trained on: number and digest of queries, pictures, ..."""
+    return (stored.get("identity") or {}).get("data") or None
 
 
 def result_of(path: Path) -> dict | None:
@@ -68,7 +80,8 @@ def result_of(path: Path) -> dict | None:
     return final_of(read_results(folder)) if path.is_dir() or path.name == "best.pt" else None
 
 
-def card(folder: str, model: torch.nn.Module, flags: argparse.Namespace, result: dict | None) -> str:
+def card(folder: str, model: torch.nn.Module, flags: argparse.Namespace, data: dict | None,
+         result: dict | None) -> str:
     """The model card, in Markdown."""
     progress = model.progress
     of = "Weights as they were released, not trained by this code."
@@ -76,9 +89,11 @@ def card(folder: str, model: torch.nn.Module, flags: argparse.Namespace, result:
         of = f"Trained by this code; the state after epoch {progress['epoch']}"
         of += f" and {progress['step']} steps" if progress["step"] else ""
         of += f", chosen on: {flags.select_on}."
+    lines = [f"- {name}: {value}" for name, value in data.items()] if data else ["It is not known."]
     narrated = "narration" in METHODS[flags.method].reads(flags)
     text = "\n".join(f"    {line}".rstrip() for line in show(result).splitlines()) if result else "None are known."
     return CARD.format(title=folder, folder=folder, of=of, named=named(flags).removeprefix("--method "), results=text,
+                       data="\n".join(lines),
                        heard=" and of each sentence of a narration, one a frame" if narrated else "",
                        clip_model=Path(flags.clip_model).stem, side=model.clip.config.image_size,
                        dim=model.clip.config.embed_dim, max_frames=flags.max_frames, max_words=flags.max_words)
@@ -95,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.run).exists():
         raise InputError(f"{args.run}: is not there; name a run's folder, its best.pt or a released file")
     flags = parse_args(["--eval_only", "--output_dir", args.out, "--checkpoint", args.run, *more])
-    export(args.out, build_model(flags), flags, result_of(Path(args.run)))
+    export(args.out, build_model(flags), flags, Path(args.run), data_of(load_model(args.run)))
     print(f"{args.out} holds the model; use it wherever a run's best.pt is used")
 
 

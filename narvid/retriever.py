@@ -29,7 +29,7 @@ from narvid.data.frames import pick_frames, read_frames
 from narvid.data.narrations import Narration, join, load_narrations
 from narvid.data.videos import read_video
 from narvid.evaluation import concatenate
-from narvid.export import export, result_of
+from narvid.export import data_of, export
 from narvid.fusion import Statistics
 from narvid.methods import METHODS
 from narvid.run.build import build_model, encoding_of
@@ -47,26 +47,31 @@ class Retriever:
     """
 
     def __init__(self, model: torch.nn.Module, flags: argparse.Namespace, device: torch.device,
-                 source: Path | None = None):
-        """source: where the model was loaded from, for what is known of it."""
+                 source: Path | None = None, data: dict | None = None):
+        """source: where the model was loaded from; data: what it was trained on, by digest (export.data_of)."""
         self.model, self.flags, self.device, self.source = model.to(device).eval(), flags, device, source
+        self._data = data
         self.encoding = encoding_of(model, flags, distributed.World(0, 1, device))
         self.narrated = "narration" in METHODS[flags.method].reads(flags)
 
     @classmethod
     def load(cls, source: str | Path | None, *, towers: str = "ViT-B-32", pretrained: str = "openai",
-             device: str | None = None) -> Retriever:
+             device: str | None = None, eval_precision: str = "fp32") -> Retriever:
         """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain CLIP.
 
         towers, pretrained: open_clip's names, or files, of plain CLIP; of a released file `towers` alone counts, the
-        other sources bring their own. device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        other sources bring their own. device: "cpu", "cuda", ...; None takes a GPU if there is one. eval_precision: as
+        the trainer's flag of that name; in fp32 scores are evaluation's to 1e-5.
         InputError, one sentence, for what cannot be loaded. Nothing in the files is executed.
         """
-        argv = ["--eval_only", "--output_dir", ".", "--num_workers", "0"]
+        argv = ["--eval_only", "--output_dir", ".", "--num_workers", "0", "--eval_precision", eval_precision]
+        stored = {} if source is None else load_model(source)
+        ours, data = is_ours(stored), data_of(stored)
+        del stored  # weights, which are read once more when the model is built
         if source is None:
             argv += ["--method", "zeroshot", "--clip_model", towers, "--clip_pretrained", pretrained]
         else:
-            argv += [f"--checkpoint={source}"] + ([] if is_ours(load_model(source)) else ["--clip_model", towers])
+            argv += [f"--checkpoint={source}"] + ([] if ours else ["--clip_model", towers])
         try:
             flags = parse_args(argv)
         except SystemExit as error:  # a mistaken flag ends a command, a library must not
@@ -80,7 +85,7 @@ class Retriever:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device}: cannot be used here ({str(error).splitlines()[0]}); say cpu, or leave "
                              "it out") from error
-        return cls(build_model(flags), flags, here, None if source is None else Path(source))
+        return cls(build_model(flags), flags, here, None if source is None else Path(source), data)
 
     @torch.no_grad()
     def encode_queries(self, texts: Sequence[str]) -> NamedTuple:
@@ -161,7 +166,7 @@ class Retriever:
 
     def save(self, folder: str | Path) -> None:
         """Write the model to a folder that `load` takes (narvid/export.py); InputError where that cannot be done."""
-        export(folder, self.model, self.flags, self.source and result_of(self.source))
+        export(folder, self.model, self.flags, self.source, self._data)
 
 
 def _narrations(paths: list[Path], narrations) -> list[Narration | None]:

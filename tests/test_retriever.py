@@ -50,7 +50,8 @@ def run(weights, tmp_path_factory):
                        "select_on": "val"}
     folder = tmp_path_factory.mktemp("runs") / "x"
     folder.mkdir()
-    torch.save(stored | {"epoch": 2, "step": 0}, folder / "best.pt")
+    data = {"train's queries": "39 (0123456789ab)", "test's pictures": "60 (ba9876543210)"}
+    torch.save(stored | {"epoch": 2, "step": 0, "identity": {"data": data}}, folder / "best.pt")
     return folder
 
 
@@ -209,6 +210,7 @@ def test_the_folder_holds_the_model_its_result_and_a_card(exported, run, demo, m
     card = (exported / "README.md").read_text()
     for said in ("# model\n", "after epoch 2, chosen on: val", "narvid --filter_p 0.9", "pictures of 32 pixels",
                  "joint\ndimension of 64", "6 frames", "24 tokens", "S_fusion |", "8 queries, 4 videos",
+                 "- train's queries: 39 (0123456789ab)\n- test's pictures: 60 (ba9876543210)",
                  'Retriever.load("model")'):
         assert said.replace("\n", " ") in card.replace("\n", " ") or said in card, said
     again = Retriever.load(exported, device="cpu")

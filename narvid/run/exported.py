@@ -43,7 +43,7 @@ def load_model(path: str | Path) -> dict:
 def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, card: str) -> None:
     """An exported model, in place of one that stood there; InputError where the folder holds anything else.
 
-    config: "flags", "towers", "epoch", "step", "result"; what is not known is None.
+    config: "flags", "towers", "epoch", "step", "data", "result"; what is not known is None.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS, CARD}):
@@ -55,7 +55,7 @@ def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, c
 
 
 def read_exported(folder: str | Path) -> dict:
-    """An exported model as a run's checkpoint: "model", "clip_config", "args", and "epoch" and "step" where known."""
+    """An exported model as a run's checkpoint: "model", "clip_config", "args", what is known of place and data."""
     folder = Path(folder)
     config = read_config(folder)
     try:
@@ -66,7 +66,8 @@ def read_exported(folder: str | Path) -> dict:
     if _digest(folder / WEIGHTS) != config["sha256"]:
         raise InputError(f"{folder / WEIGHTS}: is not the file that {CONFIG} was written for; {AGAIN}")
     known = {name: config[name] for name in ("epoch", "step") if config[name] is not None}
-    return {"model": state, "clip_config": config["towers"], "args": config["flags"], **known}
+    return {"model": state, "clip_config": config["towers"], "args": config["flags"],
+            "identity": {"data": config["data"]}, **known}
 
 
 def read_config(folder: Path) -> dict:
@@ -77,7 +78,7 @@ def read_config(folder: Path) -> dict:
         raise InputError(f"{path}: is of form {str(config.get('form'))[:20]}, this version reads form {FORM}; install "
                          "the version of narvid that wrote it, or export the model again")
     wanted = {"flags": dict, "towers": dict, "epoch": (int, type(None)), "step": (int, type(None)),
-              "result": (dict, type(None)), "sha256": str}
+              "data": (dict, type(None)), "result": (dict, type(None)), "sha256": str}
     if wrong := [name for name, kind in wanted.items() if name not in config or not isinstance(config[name], kind)]:
         raise InputError(f"{path}: its {wrong[0]} is missing or of another kind; {AGAIN}")
     if not all(isinstance(config["flags"].get(name), str) for name in ("method", "clip_model")):

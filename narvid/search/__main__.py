@@ -181,7 +181,8 @@ def open_engine(store: Store, checkpoint: str | None) -> Engine:
         raise InputError(f"{there}: the index's model is not there; say with --checkpoint where it lies")
     with redirect_stdout(sys.stderr):  # what loading says is no answer
         embedder = Embedder.load(there, clip_model=settings["clip_model"], narration=settings["narration"],
-                                 clip_pretrained=settings["clip_pretrained"])
+                                 clip_pretrained=settings["clip_pretrained"],
+                                 eval_precision=settings.get("eval_precision", "train"))  # as it was indexed
     return Engine(store, embedder)
 
 

@@ -71,9 +71,10 @@ class Embedder:
 
     @classmethod
     def load(cls, checkpoint: str | Path | None, *, clip_model: str = "ViT-B-32", clip_pretrained: str = "openai",
-             narration: bool | None = None, device: str | None = None) -> Embedder:
-        """checkpoint, clip_model, clip_pretrained, device: as for Retriever.load; narration: as above."""
-        retriever = Retriever.load(checkpoint, towers=clip_model, pretrained=clip_pretrained, device=device)
+             narration: bool | None = None, device: str | None = None, eval_precision: str = "fp32") -> Embedder:
+        """checkpoint, clip_model, clip_pretrained: as for Retriever.load, and the others; narration: as above."""
+        retriever = Retriever.load(checkpoint, towers=clip_model, pretrained=clip_pretrained, device=device,
+                                   eval_precision=eval_precision)
         return cls(retriever, narration=narration)
 
     def check(self, settings: dict, index: str | Path) -> None:
@@ -81,11 +82,9 @@ class Embedder:
 
         An index may be older than a setting or a flag; the digest of the weights is as old as the index.
         """
-        # Indexes of before eval_precision were encoded as the model was trained.
-        as_trained = settings.get("precision") if settings.get("recipe") == "modern" else "fp16"
-        here = self.settings | self.settings["flags"]
-        there = {"eval_precision": as_trained} | settings | settings.get("flags", {})
-        names = [k for k in here if k not in (*FREE, "flags") and here[k] != there.get(k)
+        here, there = ({**of, **of.get("flags", {}), "number format": number_format(of)}
+                       for of in (self.settings, settings))
+        names = [k for k in here if k not in (*FREE, "flags", "eval_precision") and here[k] != there.get(k)
                  and (k in there or k == "weights")]
         if names:
             told = ", ".join(f"{k} {_short(there.get(k))} there, {_short(here[k])} here" for k in names[:3])
@@ -248,6 +247,13 @@ class Embedder:
 def _features(names: tuple[str, ...]) -> type:
     """A NamedTuple of these fields, which any method's score reads by their names: an index keeps no types."""
     return namedtuple("Features", names)
+
+
+def number_format(settings: dict) -> str:
+    """In which an index's features were made; before it was a flag of evaluation, training's was taken."""
+    if (chosen := settings.get("eval_precision", "train")) != "train":
+        return chosen
+    return "fp16 towers" if settings.get("recipe") == "reported" else str(settings.get("precision"))
 
 
 def weights_digest(model: torch.nn.Module) -> str:

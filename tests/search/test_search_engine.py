@@ -237,6 +237,21 @@ def test_the_wrong_model_is_refused(index, alone, plain, embedder):
     embedder.check(embedder.settings | {"checkpoint": "/moved/best.pt"}, "index")  # the same, wherever it lies
 
 
+def test_an_index_is_searched_in_the_number_format_it_was_made_in(checkpoint, embedder):
+    """Indexes older than the flag were made in training's."""
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["args"]["precision"] = "bf16"
+    torch.save(stored, path := checkpoint.with_name("bf16.pt"))
+    now, then = (Embedder.load(path, device="cpu", eval_precision=which) for which in ("fp32", "train"))
+    older = {name: value for name, value in then.settings.items() if name not in ("eval_precision", "flags")}
+    then.check(older, "index")
+    with pytest.raises(InputError, match="number format bf16 there, fp32 here"):
+        now.check(older, "index")
+    embedder.check({name: value for name, value in embedder.settings.items() if name != "eval_precision"}, "index")
+    assert torch.equal(now.queries(QUERIES).eos, embedder.queries(QUERIES).eos)
+    assert not torch.allclose(then.queries(QUERIES).eos, embedder.queries(QUERIES).eos, atol=1e-5)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="is neither a run's folder with a best.pt nor an exported model"):
         Embedder.load(tmp_path)
