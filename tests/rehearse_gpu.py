@@ -76,6 +76,15 @@ def is_plain(x) -> bool:
 class OnGPU(torch.Tensor):
     """A tensor of the rehearsal."""
 
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            with unchecked():
+                copied = mark(unmark(self).detach().clone())
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = (torch.nn.Parameter(copied, self.requires_grad) if is_parameter
+                              else copied.requires_grad_(self.requires_grad))
+        return memo[id(self)]
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}

@@ -136,11 +136,17 @@ def _join(narrations: Mapping[str, Narration], video: str, times: list[float], p
     """The sentences of the picked frames, which are `every` frame or some; [] for a video without a narration."""
     if video not in narrations:
         return []
+    hint = "; --frame_sampling segments needs a sentence for every extracted frame, uniform for its picks alone"
     try:
-        return join(narrations[video], [times[i] for i in picked], times, video=video, path=path)
+        sentences = join(narrations[video], [times[i] for i in picked], times, video=video, path=path)
     except InputError as error:
-        hint = "; --frame_sampling segments needs a sentence for every extracted frame, uniform for its picks alone"
         raise InputError(f"{error}{hint if every else ''}") from error
+    found = [k for k, sentence in enumerate(sentences) if sentence is not None]
+    if every and 2 < len(found) <= 2 / 3 * len(picked) and found == pick_frames(len(picked), len(found)):
+        # No holes by chance: a uniform run's picks were narrated.
+        raise InputError(f"{path}: video {video} has sentences for {len(found)} evenly picked ones of its "
+                         f"{len(picked)} frames{hint}")
+    return sentences
 
 
 def read_queries(path: str | Path) -> list[str]:

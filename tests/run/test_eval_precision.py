@@ -80,6 +80,6 @@ def test_an_index_that_was_encoded_in_another_format_is_refused(trained):
     """Indexes of before noted the format of training, in which they were encoded."""
     embedder = Embedder.load(trained / "modern", device="cpu")
     of_before = {name: value for name, value in embedder.settings.items() if name != "eval_precision"}
-    with pytest.raises(InputError, match="index.db: .*eval_precision bf16 there, fp32 here"):
+    with pytest.raises(InputError, match="index.db: .*number format bf16 there, fp32 here"):
         embedder.check(of_before, "index.db")
     embedder.check(of_before | {"eval_precision": "fp32"}, "index.db")
