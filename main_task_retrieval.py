@@ -22,7 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from narvid import InputError, distributed
-from narvid.data.datasets import FrameDataset, PairSampler, Split, collate, make_loader, read_queries
+from narvid.data.datasets import FrameDataset, Split, collate, read_queries
+from narvid.data.loader import PairSampler, make_loader
+from narvid.flags import command
 from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, show_kept,
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
@@ -431,4 +433,4 @@ def seed_everything(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # not installed: run from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from narvid import InputError, files
 from narvid.data.frames import is_frame
+from narvid.flags import command  # noqa: F401 (what the scripts start with)
 from narvid.parsing import fault_of
 
 SPLITS = ("train", "val", "test")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from narvid import fusion
-from narvid.data.datasets import FrameDataset, Split, collate, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, Split, collate, tokenize
+from narvid.data.loader import make_loader
 from narvid.distributed import World, agree, collect, join_columns, share, total
 from narvid.metrics import NAMES, retrieval_metrics
 from narvid.progress import tqdm

@@ -1,23 +1,36 @@
-"""Flags as this project wants them: one sentence for a mistake, checked numbers, presets on disk as argv.
+"""Flags as this project wants them: one sentence for a mistake, checked numbers, presets on disk as argv; the end of a
+command, also of one that ends by a fault of our own.
 
-Nothing here knows a particular flag; they are declared in main_task_retrieval.py.
+Nothing here knows a particular flag; the trainer's are declared in narvid/run/settings.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from math import inf
+from pathlib import Path
 
 from narvid import InputError
-from narvid.files import read_yaml
+from narvid.files import read_yaml, write_text
+from narvid.parsing import fault_of
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence for a mistake instead of the usage of fifty flags."""
 
     where = ""  # "FILE: " while flags that stand in a file are looked at
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; text that is no UTF-8 is refused here, before a run writes it into its files."""
+        for text in sys.argv[1:] if args is None else args:
+            if isinstance(text, str) and fault_of(text):
+                self.error(f"{ascii(text)} is no UTF-8 text: rename it, or write it otherwise")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         sys.exit(f"error: {self.where}{message} (--help lists every flag)")
@@ -98,11 +111,53 @@ def as_argv(values: dict, path: str, parser: argparse.ArgumentParser) -> list[st
     return argv
 
 
+# ---- how a command ends ----
+
+
 def command(main: Callable[[], object]) -> None:
-    """Run a command's main; a user's mistake, or a file system's refusal, ends it in one sentence with status 1."""
+    """Run a command's main as the process that it is: every bad end is one sentence and exit status 1.
+
+    A user's mistake, or a file system's refusal, has its own sentence; what nobody foresaw has `fault_of_ours`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal need not know every letter of a caption
     try:
         main()
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `... | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end complains
+            sys.exit(1)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")
+    except Exception as error:  # the net
+        sys.exit(fault_of_ours(error, sys.argv[1:]))
+
+
+FAULT = "this is a fault of this program, not of your files"
+
+
+def fault_of_ours(error: Exception, argv: Sequence[str]) -> str:
+    """The one line for an error that nobody foresaw: what it is, where the traceback was written, what is saved.
+
+    The traceback goes to the run that is being written, else to the folder for temporary files: a foreign file in a
+    folder that is not a run yet would keep the next one out.
+    """
+    what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        return f"error: out of memory ({what}); lower the batch size, or in training set --micro_batch"
+    given = dict(zip(argv, argv[1:])) | dict(text.partition("=")[::2] for text in argv if "=" in text)
+    run = Path(given.get("--output_dir") or "")
+    is_run = "--output_dir" in given and (run / "config.yaml").is_file()
+    name = f"fault-{os.uname().nodename}-{os.getpid()}.txt"
+    path = (run if is_run else Path(tempfile.gettempdir())) / name
+    try:
+        write_text(path, "".join(traceback.format_exception(error)))
+        where = f"the full traceback is in {path}, please report it"
+    except InputError as refused:
+        last = " ".join(traceback.format_tb(error.__traceback__)[-1].split())
+        where = f"its traceback could not be written ({refused}), it ends with {last}"
+    saved = "files that were written are whole"
+    if is_run and (run / "last.pt").is_file():
+        saved = f"{run / 'last.pt'} is whole, --resume auto goes on from it"
+    return f"error: {FAULT} ({what}); {where}; {saved}"

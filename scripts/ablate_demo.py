@@ -25,7 +25,7 @@ import torch
 
 from narvid import InputError
 from narvid.files import read_lines, write_text, writing
-from narvid.flags import count, positive
+from narvid.flags import command, count, positive
 from narvid.metrics import paired_bootstrap
 from narvid.model import MODULES
 from narvid.progress import tqdm
@@ -226,7 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from narvid.evaluation import table_of_matrices
 from narvid.fusion import combine
-from narvid.flags import Parser, positive
+from narvid.flags import Parser, command, positive
 from narvid.metrics import text_to_video_ranks
 from narvid.model import Heads, NarVidConfig, Queries, Videos
 from narvid.progress import tqdm
@@ -282,4 +282,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -30,7 +30,7 @@ from narvid.data.extraction import find_videos, usable_cores
 from PIL import Image
 
 from narvid import InputError
-from narvid.flags import Parser, positive
+from narvid.flags import Parser, command, positive
 from narvid.data.decoding import CLOCK_TOLERANCE
 from narvid.data.videos import decode_video
 from narvid.progress import tqdm
@@ -199,7 +199,4 @@ def make_clips(args: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    command(main)

@@ -38,9 +38,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, PairSampler, Split, collate, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, Split, collate, tokenize
+from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
-from narvid.flags import count, positive
+from narvid.flags import command, count, positive
 from narvid.data.frames import frame_paths, load_frame_index, read_frames
 from narvid.data.narrations import load_narrations
 
@@ -303,4 +304,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

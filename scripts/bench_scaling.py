@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.run import optim
-from narvid.flags import Parser, positive
+from narvid.flags import Parser, command, positive
 from narvid.progress import tqdm
 from scripts import cost
 from scripts.bench_step import make_batch
@@ -237,4 +237,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

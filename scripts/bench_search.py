@@ -39,7 +39,7 @@ import torch
 
 from narvid import InputError
 from narvid.data.datasets import read_queries
-from narvid.flags import Parser, positive
+from narvid.flags import Parser, command, positive
 from narvid.fusion import matrix_statistics
 from narvid.model import Queries, Videos
 from narvid.progress import tqdm
@@ -301,4 +301,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

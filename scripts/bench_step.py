@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_task_retrieval as trainer
-from narvid import InputError, distributed
+from narvid import distributed
 from narvid.towers import compile_blocks, encode_frames, encode_text
 from narvid.run import optim
 from narvid.data.datasets import Batch
-from narvid.flags import Parser, count, positive
+from narvid.flags import Parser, command, count, positive
 from narvid.profiling import Profile
 from narvid.progress import tqdm
 
@@ -284,7 +284,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from narvid import InputError
+from narvid.flags import command
 from narvid.data.datasets import AGAIN, read_pairs
 from narvid.data.frames import load_frame_index
 from narvid.data.narrations import load_narrations
@@ -184,4 +185,4 @@ def train_command(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

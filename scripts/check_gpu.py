@@ -42,7 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
 from narvid import distributed
-from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader
+from narvid.data.datasets import FrameDataset, collate
+from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
 from narvid.flags import Parser
 from narvid.methods import METHODS

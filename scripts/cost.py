@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from narvid.towers import ClipConfig, build_towers, encode_frames, encode_text
 from narvid.run import optim
-from narvid.flags import Parser, positive_float, share
+from narvid.flags import Parser, command, positive_float, share
 from narvid.model import NarVid, NarVidConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,4 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from narvid import InputError  # noqa: E402
 from narvid.files import read_csv, read_json, read_json_lines, replace, write_text
-from narvid.flags import count, share  # noqa: E402
+from narvid.flags import command, count, share
 from narvid.progress import tqdm
 
 SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
@@ -473,9 +473,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     narrator.add_argument("--shape_rate", type=share, default=0.08, help="share of the others with a wrong shape")
     narrator.add_argument("--repeat_rate", type=share, default=0.85,
                           help="chance to repeat the last sentence about the same event")  # fmt: skip
-    for command in (videos, narrator):
-        command.add_argument("--out", type=Path, required=True, help="folder of the corpus")
-        command.add_argument("--seed", type=count, default=0, help="all random choices depend on it")
+    for parser_of_one in (videos, narrator):
+        parser_of_one.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+        parser_of_one.add_argument("--seed", type=count, default=0, help="all random choices depend on it")
     return parser.parse_args(argv)
 
 
@@ -485,7 +485,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

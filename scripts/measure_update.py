@@ -30,8 +30,9 @@ from torch import nn
 import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.run import optim
-from narvid.data.datasets import FrameDataset, PairSampler, collate, make_loader
-from narvid.flags import positive, positive_float
+from narvid.data.datasets import FrameDataset, collate
+from narvid.data.loader import PairSampler, make_loader
+from narvid.flags import command, positive, positive_float
 from narvid.progress import tqdm
 
 PARTS = (  # name -> pattern of the parameters; the first that fits. Blocks of the towers are split by depth.
@@ -159,7 +160,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

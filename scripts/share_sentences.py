@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from narvid import InputError
-from narvid.flags import Parser, number
+from narvid.flags import Parser, command, number
 from narvid.data.frames import frame_path, load_frame_index
 from narvid.narration.pictures import distinct_frames
 from narvid.data.narrations import Narration, load_narrations, write_narrations
@@ -61,7 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    command(main)

@@ -21,7 +21,8 @@ from torch import nn
 
 import main_task_retrieval as trainer
 from narvid import towers as clip
-from narvid.data.datasets import Batch, FrameDataset, PairSampler, Split, collate
+from narvid.data.datasets import Batch, FrameDataset, Split, collate
+from narvid.data.loader import PairSampler
 from narvid.distributed import World
 from narvid.methods import METHODS
 from narvid.methods.protocol import names_of

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +21,12 @@ import numpy as np
 import open_clip
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from narvid import InputError
 from narvid.data.features import Features
 from narvid.data.frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
+from narvid.data.loader import SHARED_MEMORY, free_shared_memory
 from narvid.data.narrations import Narration, join
 from narvid.files import read_json, read_json_lines
 from narvid.progress import tqdm
@@ -219,15 +219,20 @@ class FrameDataset(Dataset):
         if cache:
             longest = max(map(len, split.picks))
             needed = len(split.videos) * longest * 3 * size**2
-            shared = Path("/dev/shm")
-            if shared.exists() and needed > shutil.disk_usage(shared).free:
+            if needed > free_shared_memory():
                 raise InputError(f"--cache_frames needs {needed / 2**30:.1f} GiB of shared memory a process, more than "
-                                 f"is free in {shared}; leave it out or enlarge that")
+                                 f"is free in {SHARED_MEMORY}; leave it out or enlarge that")
             self.cached = torch.empty(len(split.videos), longest, 3, size, size, dtype=torch.uint8).share_memory_()
             self.filled = torch.zeros(len(split.videos), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.video_of_item)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of the largest item's frames; 0 for features, which are small."""
+        longest = self.segments or max(map(len, self.split.picks))
+        return 0 if self.split.features else longest * 3 * self.size**2
 
     def __getitem__(self, i: int) -> Item:
         video = int(self.video_of_item[i])
@@ -298,50 +303,3 @@ def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 def _tokenizer():
     return open_clip.SimpleTokenizer()
-
-
-# ---------------------------------------------------------------------------------------------------------- loaders
-
-
-class PairSampler(Sampler):
-    """This rank's part of each global batch of query indices, the same global batches for any number of ranks.
-
-    The order of an epoch comes from (seed, epoch) alone. One optimiser step takes `batch_size` queries over all ranks
-    in `accumulation` micro-batches; what does not fill a last batch is dropped. `set(epoch, step)` says where to go on.
-    """
-
-    def __init__(self, n: int, batch_size: int, *, rank: int, world_size: int, seed: int, accumulation: int = 1):
-        if batch_size % (world_size * accumulation):
-            raise InputError(f"--batch_size {batch_size} is global and must divide by {world_size} processes x "
-                             f"{accumulation} accumulation steps")
-        if n < batch_size:
-            raise InputError(f"{n} training pairs do not fill one batch of {batch_size} (on {world_size} processes); "
-                             "lower --batch_size or the number of processes")
-        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
-        self.seed, self.accumulation = seed, accumulation
-        self.epoch = self.step = 0
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of an epoch."""
-        return self.n // self.batch_size
-
-    def set(self, epoch: int, step: int) -> None:
-        """The next iteration gives epoch `epoch` from optimiser step `step` on."""
-        self.epoch, self.step = epoch, step
-
-    def __len__(self) -> int:
-        return (self.steps - self.step) * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        micro = self.batch_size // self.accumulation
-        part = micro // self.world_size
-        for start in range(self.step * self.batch_size, self.steps * self.batch_size, micro):
-            yield order[start + self.rank * part:][:part].tolist()
-
-
-def make_loader(dataset: FrameDataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
-    """DataLoader over `sampler`, which yields lists of items."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)

@@ -22,6 +22,7 @@ from narvid.data.datasets import AGAIN, Split, read_pairs
 from narvid.data.frames import pick_frames
 from narvid.data.narrations import load_narrations
 from narvid.data.published_narrations import parse_published, read_form
+from narvid.flags import command
 from narvid.files import read_json, read_text, write_json, write_json_lines, write_text
 
 
@@ -115,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

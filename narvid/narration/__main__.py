@@ -2,6 +2,7 @@
 
 import sys
 
+from narvid import InputError
 from narvid.flags import command
 from narvid.narration import check, convert, narrate
 
@@ -16,8 +17,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"error: there is no command {name}; say one of {', '.join(COMMANDS)}")
-    command(lambda: COMMANDS[name](rest))
+    try:
+        COMMANDS[name](rest)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from narvid import InputError, files
 from narvid.towers import encode_frames, encode_text
 from narvid.data.features import Features, Store
-from narvid.data.datasets import FrameDataset, Split, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, Split, tokenize
+from narvid.data.loader import make_loader
 from narvid.distributed import World, agree
 from narvid.evaluation import Encoding
 from narvid.data.frames import frame_paths

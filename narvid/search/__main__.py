@@ -24,7 +24,7 @@ from narvid import InputError
 from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
-from narvid.flags import Parser, count, number, positive, positive_float
+from narvid.flags import Parser, command, count, number, positive, positive_float
 from narvid.search.store import Store
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
     add("--port", type=count, default=8000, help="0 takes a free one [8000]")
     add("--open", action="store_true", help="open the page in a browser")
-    for command in (query, serve):
-        command.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
+    for asking in (query, serve):
+        asking.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
     args = parser.parse_args(argv)
     check(args, parser)
     return args
@@ -237,18 +237,18 @@ def table(asked: str, answers: Iterable[Answer]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command narvid-search; a mistake ends it with one sentence and exit status 1."""
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know all that a file name may hold
     try:
         {"index": index_videos, "query": query_index, "serve": serve_index}[args.command](args)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except BrokenPipeError:  # `query ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end complains
-        sys.exit(1)
+
+
+def start() -> None:
+    """What narvid-search runs."""
+    command(main)
 
 
 if __name__ == "__main__":
-    main()
+    start()

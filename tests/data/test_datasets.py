@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, PairSampler, collate, load_split, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, collate, load_split, tokenize
+from narvid.data.loader import PairSampler, make_loader
 from narvid.data.narrations import Narration
 
 START, END, EXCLAMATION_MARK = 49406, 49407, 0

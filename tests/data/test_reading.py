@@ -19,7 +19,8 @@ from test_resume import assert_same
 import main_task_retrieval as trainer
 from narvid import towers as clip
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, PairSampler, check_frames, collate, load_split, make_loader, tokenize
+from narvid.data.datasets import FrameDataset, check_frames, collate, load_split, tokenize
+from narvid.data.loader import PairSampler, make_loader
 from narvid.data.frames import draw_frames, read_frames
 from narvid.data.narrations import Narration
 from scripts import bench_frames

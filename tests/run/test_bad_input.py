@@ -18,7 +18,7 @@ import yaml
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.data.datasets import PairSampler
+from narvid.data.loader import PairSampler
 from narvid.data.frames import frame_path
 from narvid.search.embedding import Embedder
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from narvid.data.datasets import make_loader
+from narvid.data.loader import make_loader
 from scripts import bench_frames, bench_scaling, cost
 
 ROOT = Path(__file__).resolve().parents[2]
