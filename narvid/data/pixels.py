@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from narvid import InputError
@@ -154,7 +155,7 @@ def _yuv(pixels):
 
 def _upright(pixels, frame, sides):
     """Mirrored and turned as the frame's display matrix says, to the nearest quarter turn; sides: the axes H and W."""
-    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return pixels
     # Column vectors: (x, y) of the file is shown at (a x + c y, b x + d y), y counted downwards.
