@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
     most = max(x.abs().max().item() for x in theirs.values())
     worst = 0.0
     for name, x in theirs.items():
-        size = max(x.abs().max().item(), 1e-6 * most)  # what is 0 but for rounding is measured by the others
+        size = max(x.abs().max().item(), 1e-3 * most)  # what is 0 but for rounding is measured by the others
         share = (ours[name] - x).abs().max().item() / size
         worst = max(worst, share) if share == share else float("inf")
     return worst
@@ -110,7 +111,7 @@ def first_steps(work: Work) -> Iterator[tuple[str, tiny.FirstStep]]:
 def taken(step: tiny.FirstStep, model: torch.nn.Module, world: World) -> tuple[dict, dict]:
     """The trainer's step -> loss parts and gradients, as tensors by name."""
     parts = tiny.take_step(step, model, world)
-    gradients = {name: p.grad for name, p in trainer.plain(model).named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in trainer.plain(model).named_parameters() if p.grad is not None}
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in parts.items()}, gradients
 
 
@@ -386,9 +387,11 @@ def run_part(name: str, work: Work, seconds: float) -> list[list[str]]:
         text, _ = process.communicate(timeout=seconds)
         reason = last_line(text) if process.returncode else None
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with what it started
-        process.communicate()
         reason = f"not done in {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+        process.wait()
     made = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     return made + ([[name, FAILED, reason]] if reason or not made else [])
 
@@ -429,6 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("no GPU is visible; --tiny tries this script on a CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part in progress ends too
     start, rows, slower = time.monotonic(), {}, 10 if args.tiny else 1
     with TemporaryDirectory() as folder:
         work = Work(Path(folder), args.tiny)

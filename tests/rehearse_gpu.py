@@ -215,9 +215,11 @@ def rehearsal():
         """Autograd hands plain gradients to a backward of ours, and takes plain ones; inside, all is checked."""
         def checked(ctx, *gradients):
             outside, state.unchecked = state.unchecked, 0
+            if any(isinstance(x, OnGPU) for x in ctx.saved_tensors):
+                gradients = map(mark, gradients)
             try:
                 with torch._C._EnableTorchFunction(), Device():
-                    made = before(ctx, *map(mark, gradients))
+                    made = before(ctx, *gradients)
             finally:
                 state.unchecked = outside
             return tuple(map(unmark, made)) if isinstance(made, tuple) else unmark(made)
