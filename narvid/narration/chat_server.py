@@ -130,7 +130,8 @@ class ServerCaptioner:
     def _sentence(self, answer) -> str | Failed:
         """What a chat completion says; raises one of Python's errors where it is none."""
         if error := getattr(answer, "error", None):  # some proxies send it with status 200
-            return self._failed(first_line(error["message"]), error.get("code"))
+            error = error if isinstance(error, dict) else {"message": error}
+            return self._failed(first_line(str(error.get("message") or error)), error.get("code"))
         choice = answer.choices[0]
         said, end = choice.message.content, str(getattr(choice, "finish_reason", "")).lower()
         if isinstance(said, list):  # of parts; those of another type are its reasoning

@@ -133,6 +133,14 @@ def test_no_secret_and_no_odd_character_of_a_server_s_message_is_stored(frames, 
 # ---- what a server wraps around a sentence ----
 
 
+@pytest.mark.parametrize("error", ["out of memory", {"message": "out of memory"}, {"code": 500, "x": "out of memory"}])
+def test_an_error_with_status_200_is_told(frames, tmp_path, server, error):
+    answers(server, frames, {("b", 1): (200, "application/json", json.dumps({"error": error}))})
+    run(frames, tmp_path / "n.jsonl", server)
+    [failed] = read_lines(tmp_path / "n.failed.jsonl")
+    assert failed["kind"] == "failed" and "out of memory" in failed["why"]
+
+
 @pytest.mark.parametrize("answer", [
     lambda text: chat(f"<think>\nLet me look.\n</think>\n\n{text}"),
     lambda text: chat(text, reasoning_content="Let me look.", reasoning="Hm."),
