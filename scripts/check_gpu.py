@@ -334,7 +334,7 @@ def make_pictures(folder: Path, videos: int, frames: int) -> Path:
     """A corpus of smooth noise, short side 256, with enough pairs for a dozen steps."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)).resize((340, 256)) for _ in range(8)]
-    names, sentence = [f"v{v}" for v in range(videos)], "two people stand in a kitchen and talk about what they cook"
+    names, sentence = [f"v{v}" for v in range(videos + 1)], "two people stand in a kitchen and talk about what they cook"
     for v, name in enumerate(names):
         (folder / "frames" / name).mkdir(parents=True)
         for k in range(frames):
@@ -343,8 +343,9 @@ def make_pictures(folder: Path, videos: int, frames: int) -> Path:
     lines = {"frames/index.jsonl": [{"video": name, "times": times} for name in names],
              "narrations.jsonl": [{"video": name, "captioner": "noise", "prompt": "", "sentences": [
                  {"time": t, "text": f"{sentence} {name} {t}"} for t in times]} for name in names],
-             "train.jsonl": [{"video": name, "query": f"{sentence}, part {n}"} for n in range(12) for name in names],
-             "test.jsonl": [{"video": name, "query": sentence} for name in names]}
+             "train.jsonl": [{"video": name, "query": f"{sentence}, part {n}"} for n in range(12)
+                             for name in names[:-1]],
+             "test.jsonl": [{"video": names[-1], "query": sentence}]}
     for name, entries in lines.items():
         (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder

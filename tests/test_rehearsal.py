@@ -19,10 +19,11 @@ from PIL import Image
 from rehearse_gpu import rehearsal
 
 import main_task_retrieval as trainer
-from narvid import distributed
+from narvid import Retriever, distributed
 from narvid.methods import METHODS
 from narvid.narration.captioners import LocalCaptioner
 from narvid.search.__main__ import main as search
+from scripts import check_gpu
 
 SHORT = ("--epochs", 1, "--dsl_scale", 10, "--qb_norm_queries", 4)
 METHOD_RUNS = {" ".join(form[1:]).replace("--", ""): (*form, "--select_on", "last") for form in tiny.TRAINED}
@@ -109,6 +110,18 @@ def check_workers():
         assert [*torch.utils.data.DataLoader([0], collate_fn=ask_worker, num_workers=1)] == [(False, True)]
 
 
+def check_equality(folder, corpus):
+    """The part of scripts/check_gpu.py that compares a GPU with the CPU, for one method; and its loader."""
+    rows = []
+    (folder / "check_gpu").mkdir()
+    (folder / "check_gpu" / "corpus").symlink_to(corpus)
+    tiny.TRAINED = tiny.TRAINED[:1]
+    with rehearsal():
+        for part in ("equality", "loader"):
+            check_gpu.PARTS[part].work(check_gpu.Work(folder / "check_gpu", True), lambda *row: rows.append(row))
+    assert [outcome for _, outcome, _ in rows] == [check_gpu.OK] * 4 + [check_gpu.MEASURED], rows
+
+
 def train_ranks(out, argvs):
     """On one of two ranks: run after run in one process group."""
     stop, distributed.stop = distributed.stop, lambda: None
@@ -132,7 +145,17 @@ def search_and_narrate(out, folder, checkpoint):
             "text": (search, ["query", str(index), "a red boat", "--json"]),
             "picture": (search, ["query", str(index), "--picture", str(folder / "red.jpg")]),
             "clip": (search, ["query", str(index), "--clip", str(videos / "one.mp4")]),
+            "retriever": (retrieve, checkpoint, videos / "one.mp4", folder / "exported"),
             "planted captioner": (planted, *PLANTED["captioner"][:3], caption, captioner, folder / "red.jpg")})
+
+
+def retrieve(checkpoint, video, folder):
+    """Python's way: load, encode, score, export, load what was exported."""
+    for source in (checkpoint, folder):
+        model = Retriever.load(source)
+        model.score(model.encode_queries(["a red boat", "boat"]), model.encode_videos([video]))
+        if source == checkpoint:
+            model.save(folder)
 
 
 def caption(captioner, picture):
@@ -154,7 +177,7 @@ def told(corpus, weights, tmp_path_factory):
         return tiny.flags(corpus, folder / name, *SHORT, *options, *start)
 
     runs = {name: argv(name, options) for name, options in (METHOD_RUNS | OTHER_RUNS).items()}
-    methods = {name: (train, runs[name]) for name in METHOD_RUNS}
+    methods = {name: (train, runs[name]) for name in METHOD_RUNS} | {"check_gpu": (check_equality, folder, corpus)}
     others = {name: (train, runs[name]) for name in OTHER_RUNS} | {"workers": (check_workers,)}
     others |= {f"planted {name}": (planted, *plant, train, argv(f"planted {name}", ("--select_on", "last")))
                for name, (*plant, _) in PLANTED.items() if name != "captioner"}
@@ -176,9 +199,10 @@ def told(corpus, weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("process, part", [
-    *(("methods", name) for name in METHOD_RUNS), *(("others", name) for name in [*OTHER_RUNS, "workers"]),
+    *(("methods", name) for name in [*METHOD_RUNS, "check_gpu"]),
+    *(("others", name) for name in [*OTHER_RUNS, "workers"]),
     *((f"ranks{rank}", name) for name in RANK_RUNS for rank in (0, 1)),
-    *(("search", name) for name in ("index", "text", "picture", "clip"))])
+    *(("search", name) for name in ("index", "text", "picture", "clip", "retriever"))])
 def test_it_runs_on_a_gpu(told, process, part):
     assert told[process][part] is None, told[process][part]
     assert "1 process(es), cuda" in told["log"]
