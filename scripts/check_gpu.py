@@ -334,7 +334,8 @@ def make_pictures(folder: Path, videos: int, frames: int) -> Path:
     """A corpus of smooth noise, short side 256, with enough pairs for a dozen steps."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)).resize((340, 256)) for _ in range(8)]
-    names, sentence = [f"v{v}" for v in range(videos + 1)], "two people stand in a kitchen and talk about what they cook"
+    names = [f"v{v}" for v in range(videos + 1)]  # the last one is the test split
+    sentence = "two people stand in a kitchen and talk about what they cook"
     for v, name in enumerate(names):
         (folder / "frames" / name).mkdir(parents=True)
         for k in range(frames):
