@@ -5,6 +5,7 @@ python data/prepare_msvd.py --annotations DIR --out data/msvd
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 
 import corpus
@@ -17,8 +18,8 @@ PROTOCOLS = {"standard": {"train": (1200, 48774), "val": (100, 4290), "test": (6
 class PlainUnpickler(pickle.Unpickler):
     """A pickle can name any function and call it; this reader refuses every name, so nothing is ever called."""
 
-    def __init__(self, path: Path):
-        super().__init__(io.BytesIO(files.read_bytes(path, advice=corpus.AGAIN)), encoding="utf-8")
+    def __init__(self, content: bytes, path: Path):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
         self.path = path
 
     def find_class(self, module: str, name: str) -> None:
@@ -33,8 +34,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_pickle(path: Path) -> object:
     """What a pickle of plain Python values holds; InputError where it holds more or is broken."""
+    content = files.read_bytes(path, advice=corpus.AGAIN)
     try:
-        return PlainUnpickler(path).load()
+        for number, (step, argument, _) in enumerate(pickletools.genops(content)):
+            if "PUT" in step.name and int(argument) > number:  # the unpickler would make room for as many values
+                raise pickle.UnpicklingError(f"slot {argument} of {number}")
+        return PlainUnpickler(content, path).load()
     except InputError:
         raise
     except Exception as error:  # a broken pickle raises whatever its first wrong byte leads to

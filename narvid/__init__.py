@@ -4,13 +4,21 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+LONGEST = 1000  # letters of a sentence
+
 
 class InputError(ValueError):
     """A user's mistake in a file, a flag or the data: one sentence that names it, shown without a traceback."""
 
     def __init__(self, message: str):
         # A loader's worker process hands its error on inside a printed traceback; the sentence is what stands last.
-        super().__init__(str(message).rpartition("narvid.InputError: ")[2].strip())
+        super().__init__(one_line(str(message).rpartition("narvid.InputError: ")[2].strip()))
+
+
+def one_line(sentence: str) -> str:
+    """Without line breaks and, where it quotes something huge, without its middle: files hold anything."""
+    sentence = " ".join(sentence.splitlines())
+    return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST - 200]} ... {sentence[-190:]}"
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
 
-from narvid import InputError
+from narvid import InputError, one_line
 from narvid.files import read_yaml, write_text
 from narvid.parsing import fault_of
 
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        sys.exit(f"error: {self.where}{message} (--help lists every flag)")
+        sys.exit(one_line(f"error: {self.where}{message} (--help lists every flag)"))
 
 
 def positive(text: str) -> int:
@@ -146,7 +146,7 @@ def fault_of_ours(error: Exception, argv: Sequence[str]) -> str:
     what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
         return f"error: out of memory ({what}); lower the batch size, or in training set --micro_batch"
-    given = dict(zip(argv, argv[1:])) | dict(text.partition("=")[::2] for text in argv if "=" in text)
+    given = dict(zip(argv, argv[1:])) | dict(text.split("=", 1) for text in argv if "=" in text)
     run = Path(given.get("--output_dir") or "")
     is_run = "--output_dir" in given and (run / "config.yaml").is_file()
     name = f"fault-{os.uname().nodename}-{os.getpid()}.txt"

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -309,7 +310,8 @@ def _check_builds(name: str, architecture: dict) -> None:
     if any(type(x.get("layers", 12)) is not int or not 0 < x.get("layers", 12) <= 1000 for x in (vision, text)):
         raise ValueError(f"--clip_model {name}: layers must be a whole number from 1 to 1,000")
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers without a weight
             towers = CLIP(architecture["embed_dim"], vision, text, bool(architecture.get("quick_gelu")))
             towers.encode_image(torch.zeros(1, 3, vision.get("image_size", 224), vision.get("image_size", 224)))
             towers.encode_text(torch.zeros(1, text.get("context_length", 77), dtype=torch.long))
@@ -317,9 +319,10 @@ def _check_builds(name: str, architecture: dict) -> None:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(f"--clip_model {name}: cannot be built ({type(error).__name__}: {reason}); name a model "
                          "config of open_clip") from error
-    parameters = sum(x.numel() for x in towers.parameters())
-    if parameters > 2e10:
-        raise ValueError(f"--clip_model {name}: has {parameters / 1e9:,.0f} thousand million parameters; is it right?")
+    sizes = [x.numel() for x in towers.parameters()]
+    if min(sizes) == 0 or sum(sizes) > 2e10:
+        raise ValueError(f"--clip_model {name}: a layer has no weight, or there are too many ({sum(sizes):,} in all); "
+                         "correct the model config")
 
 
 def _is_torchscript(path: Path) -> bool:

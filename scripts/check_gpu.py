@@ -46,7 +46,7 @@ from narvid import distributed
 from narvid.data.datasets import FrameDataset, collate
 from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
-from narvid.flags import Parser
+from narvid.flags import Parser, command
 from narvid.methods import METHODS
 
 SECONDS = 480  # of everything; with --tiny, on a CPU, ten times as much, and each part too
@@ -467,4 +467,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(lambda: sys.exit(main()))

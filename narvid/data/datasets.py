@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -32,6 +33,8 @@ from narvid.data.narrations import Narration, join
 from narvid.files import read_json, read_json_lines
 from narvid.progress import tqdm
 
+OWN_MARKS = re.compile("<(start|end)_of_text>")
+LONGEST_TEXT = 40 * 77  # letters: CLIP's longest token has fewer than 40, and a word of a million takes its BPE hours
 AGAIN = "prepare the annotations again (data/prepare_<corpus>.py)"
 
 
@@ -303,4 +306,8 @@ def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _tokenizer():
-    return open_clip.SimpleTokenizer()
+    """CLIP's, but for texts that hold its own marks: `<end_of_text>` in a caption would end it there."""
+    tokenizer = open_clip.SimpleTokenizer()
+    clean = tokenizer.clean_fn  # it undoes HTML's escapes too, so the marks are looked for behind it
+    tokenizer.clean_fn = lambda text: OWN_MARKS.sub(r"< \1_of_text >", clean(text)[:LONGEST_TEXT])
+    return tokenizer

@@ -162,11 +162,12 @@ def is_small(entry: dict) -> bool:
 
 def is_whole(out: Path, entry: dict) -> bool:
     """Whether what a line of an index file lists is there: so many frames, or a small video of so many bytes."""
+    path = os.path.join(out, entry["video"] if "times" in entry else f"{entry['video']}.mp4")
+    if not os.path.exists(path):  # False, too, for what can be no name
+        return False
     if "times" in entry:
-        folder = out / entry["video"]
-        return folder.is_dir() and sum(map(is_frame, files.list_folder(folder))) == len(entry["times"])
-    small = out / f"{entry['video']}.mp4"
-    return small.is_file() and small.stat().st_size == entry["bytes"]
+        return sum(map(is_frame, files.list_folder(path))) == len(entry["times"])
+    return os.path.getsize(path) == entry["bytes"]
 
 
 def write_lines(path: Path, entries: list[dict]) -> None:

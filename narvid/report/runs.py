@@ -37,7 +37,8 @@ def read_config(run: Path) -> dict:
     known = {action.dest for action in parser._actions} - set(FREE_TEXT)
     try:
         argv = as_argv({k: v for k, v in config.items() if k in known and v is not None}, str(path), parser)
-        read = vars(parser.parse_args([*argv, *([] if config.get("output_dir") else ["--output_dir", "."])]))
+        here = [] if config.get("output_dir") is not None else ["--output_dir", "."]
+        read = vars(parser.parse_args([*argv, *here]))
     except SystemExit as refused:  # a parser ends the process
         reason = str(refused.code).removeprefix("error: ").removesuffix(" (--help lists every flag)")
         raise _damaged(path, f"is not of this code ({reason.removeprefix(f'{path}: ')})") from None

@@ -368,9 +368,10 @@ def test_a_pickle_that_would_run_something_runs_nothing(pickled, tmp_path, proto
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["no whole pickle", "EOFError"]),
+        (b"", ["no whole pickle"]),
         (pickle.dumps(WORDS)[:-20], ["no whole pickle"]),
         (b"<html>404</html>", ["no whole pickle"]),
+        (b"(dr\xff\xff\xff\x7f.", ["no whole pickle", "slot 2147483647 of 2"]),  # the reader would make room for them
         (b"Iline\r\x01\n.", ["no whole pickle", "ValueError"]),  # its error repeats control characters
         (b"\x82\x01.", ["no whole pickle"]),  # an extension code
         (b"P1\n.", ["outside the file"]),  # a persistent id
