@@ -16,8 +16,8 @@ class InputError(ValueError):
 
 
 def one_line(sentence: str) -> str:
-    """Without line breaks and, where it quotes something huge, without its middle: files hold anything."""
-    sentence = " ".join(sentence.splitlines())
+    """With line breaks spelt out and, where it quotes something huge, without its middle: files hold anything."""
+    sentence = sentence.replace("\r", "\\r").replace("\n", "\\n")
     return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST - 200]} ... {sentence[-190:]}"
 
 

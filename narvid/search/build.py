@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from narvid import InputError
+from narvid import InputError, one_line
 from narvid.narration.captioners import Captioner
 from narvid.narration.pictures import SAME_FRAME, distinct_frames
 from narvid.data.frames import read_frames
@@ -154,7 +154,7 @@ def index_files(
     with closing(read_all([str(root / path) for path in paths], read, workers)) as clips:
         for path, clip in tqdm(zip(paths, clips, strict=True), "index", len(paths), unit=" files", disable=not paths):
             if isinstance(clip, InputError):
-                why = str(clip).replace(str(root / path), path)
+                why = str(clip).replace(one_line(str(root / path)), one_line(path))
                 tqdm.write(f"skipped: {printable(why)}")
                 store.fail_file(path, *status[path], why)
                 continue
