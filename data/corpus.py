@@ -25,7 +25,7 @@ AGAIN = "download it again, data/README.md says where"
 VIDEO_EXTENSIONS = {
     ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
     ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
-}  # fmt: skip
+}
 
 Pairs = list[tuple[str, str]]
 Figure = int | tuple[int, int]  # a count, or the lowest and highest that the files in circulation have

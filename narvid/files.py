@@ -11,6 +11,7 @@ sentence, and the file that stood there before stays. This file knows no format 
 from __future__ import annotations
 
 import codecs
+import csv
 import errno
 import fcntl
 import json
@@ -178,6 +179,12 @@ def write_json_lines(path: str | Path, entries: Iterable[dict]) -> None:
     """Write one JSON object a line, as `writing`."""
     with writing(path) as file:
         file.writelines(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
+    """Write one row a line, the header first, as `writing`."""
+    with writing(path) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def replace(temporary: str | Path, path: str | Path) -> None:

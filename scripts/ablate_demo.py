@@ -39,7 +39,7 @@ ROWS = LADDER | {  # run -> its flags beyond the preset, which switches all four
     "cvh": [], "none": ["--filter", "none"],
     "top3": ["--filter", "topk", "--filter_k", "3"], "top4": ["--filter", "topk", "--filter_k", "4"],
     "nucleus0.3": ["--filter_p", "0.3"], "nucleus0.4": ["--filter_p", "0.4"], "hard_nce": ["--hard_loss", "nce"],
-}  # fmt: skip
+}
 SECONDS_A_RUN = 80  # of one core, 60 steps and 8,000 test queries (LOG.md)
 TABLES = {  # title -> (row, run, the paper's R@1 on MSR-VTT)
     "Table 3: modules": [
@@ -50,7 +50,7 @@ TABLES = {  # title -> (row, run, the paper's R@1 on MSR-VTT)
         ("nucleus 0.4", "nucleus0.4", 51.0), ("nucleus, the preset's p", "cvh", None)],
     "Table 11: losses, all else on": [
         ("NCE", "qaf", 50.4), ("NCE + hard-negative NCE (Eq. 12)", "hard_nce", 50.9), ("NCE + CVH", "cvh", 51.0)],
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------------------------------------------------- the runs
 

@@ -71,7 +71,7 @@ def make_clip(path: Path, seconds: int, width: int, height: int, seed: int) -> N
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(seconds * RATE):
             left, top = (round((1 + wave) / 2 * side) for wave, side in
-                         ((np.sin(i / 40 + seed), width), (np.cos(i / 57), height)))  # fmt: skip
+                         ((np.sin(i / 40 + seed), width), (np.cos(i / 57), height)))
             window = np.ascontiguousarray(scene[top : top + height, left : left + width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(window, format="rgb24")))
         container.mux(stream.encode())

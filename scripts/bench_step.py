@@ -257,8 +257,12 @@ def report(args: argparse.Namespace, bench: Bench) -> None:
         print(f"{name:28} {median(each):9.4f} {ratio(each, took['towers']):9.3f} {n / median(each) / 1e12:9.3f} "
               f"{n / done['unit'] * ratio(took['unit'], each):12.1%}")
     print(f"\nthe step by stage; a tower's backward is in backward\n{bench.profile.table()}\n")
+    reached = flops["step"] / done["unit"] * ratio(took["unit"], took["step"])
+    unit = f"a product of two {side} x {side} matrices in {args.precision}"
+    print(f"share of the matrix rate: the step reaches {reached:.1%} of {unit} "
+          + ("(aim: 45 %)" if on_gpu else "on this CPU, which says nothing of a GPU"))
     print(f"all but the towers: {1 - ratio(took['towers'], took['step']):.1%} of the step"
-          + ("" if on_gpu else "; target on a GPU under 5 %: not run"))
+          + (" (aim: under 5 %)" if on_gpu else " on this CPU"))
     if args.compile:
         print("compiled / not: " + ", ".join(f"{name} {ratio(took[f'{name}, compiled'], took[name]):.3f}"
                                              for name in ("step", "towers")))
@@ -268,7 +272,7 @@ def report(args: argparse.Namespace, bench: Bench) -> None:
         for name, checkpointing in (("without checkpointing", False), ("with checkpointing", True)):
             print(f"largest batch that fits, {name}: {largest_batch(bench, grad_checkpointing=checkpointing)} videos")
     else:
-        print("largest batch that fits, 45 % of the matrix rate on an H200: not run (no GPU here)")
+        print("a GPU's share of its matrix rate, all but the towers, largest batch: not measured, there is no GPU here")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -42,7 +42,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
-from narvid import distributed
+from narvid import distributed, files
 from narvid.data.datasets import FrameDataset, collate
 from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
@@ -266,7 +266,7 @@ class Lines(io.TextIOBase):
     """Takes what a benchmark prints, keeps it for the end of the page and shows each line to `see` when it is there."""
 
     def __init__(self, path: Path, see: Callable[[str], None]):
-        self.file, self.see, self.rest = open(path, "w"), see, ""
+        self.file, self.see, self.rest = open(path, "w", encoding="utf-8"), see, ""
 
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
@@ -281,11 +281,11 @@ def step_speed(work: Work, add: Add) -> None:
     import bench_step
 
     def see(line: str) -> None:
-        if row := re.match(r"step +(\S+) +\S+ +(\S+) +(\S+)$", line):
-            add("training step", MEASURED, f"{row[1]} s, {row[2]} TFLOP/s, {row[3]} of the measured matrix rate")
-        if line.startswith(("all but the towers", "peak memory", "largest batch")):
+        if row := re.match(r"step +(\S+) +\S+ +(\S+) +\S+$", line):
+            add("training step", MEASURED, f"{row[1]} s, {row[2]} TFLOP/s")
+        if line.startswith(("share of", "all but the towers", "peak memory", "largest batch", "a GPU's share")):
             what, _, detail = line.partition(": ")
-            add(what, SKIPPED if detail.startswith("not run") else MEASURED, detail)
+            add(what, SKIPPED if detail.startswith("not measured") else MEASURED, detail)
 
     sizes = ["--videos", "4", "--frames", "2", "--repeats", "1", "--model", str(work.corpus / "clip.json")]
     with contextlib.redirect_stdout(Lines(work.folder / "bench_step.txt", see)):
@@ -363,7 +363,7 @@ def make_pictures(folder: Path, videos: int, frames: int) -> Path:
                              for name in names[:-1]],
              "test.jsonl": [{"video": names[-1], "query": sentence}]}
     for name, entries in lines.items():
-        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        files.write_json_lines(folder / name, entries)
     return folder
 
 
@@ -409,7 +409,7 @@ def run_part(name: str, work: Work, seconds: float) -> list[list[str]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with what it started
         process.wait()
-    made = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    made = list(map(json.loads, files.read_lines(rows, whole=True))) if rows.exists() else []
     return made + ([[name, FAILED, reason]] if reason or not made else [])
 
 
@@ -428,7 +428,7 @@ def page(rows: dict[str, list[list[str]]], work: Work, seconds: float) -> str:
              "", "| part | what | outcome | |", "|---|---|---|---|"]
     lines += [f"| {name} | {' | '.join(row)} |" for name, of in rows.items() for row in of]
     for path in sorted(work.folder.glob("bench_*.txt")):
-        lines += ["", f"## {path.stem}", "", "```", path.read_text().strip(), "```"]
+        lines += ["", f"## {path.stem}", "", "```", files.read_text(path).strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -460,8 +460,7 @@ def main(argv: list[str] | None = None) -> int:
             rows[name] = (run_part(name, work, limit) if limit > 5 else
                           [[name, FAILED if PARTS[name].equality else SKIPPED, "the time is over"]])
         text = page(rows, work, time.monotonic() - start)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
+    files.write_text(args.out, text)
     print(text)
     return int(failed(rows))
 

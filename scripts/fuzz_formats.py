@@ -300,7 +300,7 @@ FORMATS = {
         {"LSMDC16_annos_val.csv": LSMDC.format(2).encode(),
          "LSMDC16_challenge_1000_publictect.csv": LSMDC.format(3).split("\n")[0].encode()},
     ),
-}  # fmt: skip
+}
 
 
 def readable(path: Path) -> list:

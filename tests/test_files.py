@@ -102,7 +102,7 @@ READERS = {
     "text": files.read_text, "lines": files.read_lines, "json": files.read_json, "yaml": files.read_yaml,
     "json lines": lambda path, **more: list(files.read_json_lines(path, **more)),
     "csv": lambda path, **more: files.read_csv(path, ["a"], **more),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -131,7 +131,7 @@ def test_what_no_text_can_be_read_from(tmp_path, reader, monkeypatch):
     ("a: !!python/object:os.system ls", ":1: "), ("a: 1\n b: [", "file:2: "), ("[1, 2]", "must hold"),
     ("", "must hold"), ("1: 2", "must hold"), ("a: \x07", "file:1: "),
     ("? [1]\n: 2", "file:1: "), ("a: {1: 2, [1]: 2}", "file:1: "),
-])  # fmt: skip
+])
 def test_faults_of_yaml(tmp_path, text, what):
     assert what in refusal(files.read_yaml, written(tmp_path, text))
 
@@ -198,6 +198,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     files.write_json_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": "\u2028"}])
     assert files.read_json(tmp_path / "a.json") == {"a": "\U0001f600"}
     assert [entry for _, entry in files.read_json_lines(tmp_path / "a.jsonl")] == [{"a": 1}, {"a": "\u2028"}]
+    files.write_csv(tmp_path / "a.csv", [["a", "b"], ["1,5", 'x\n"y"'], ["", "\u2028"]])
+    assert (tmp_path / "a.csv").read_bytes() == 'a,b\n"1,5","x\n""y"""\n,\u2028\n'.encode()
+    assert files.read_csv(tmp_path / "a.csv", ["b"])[1][1] == {"a": "", "b": "\u2028"}
     assert path.stat().st_mode & 0o777 == 0o666 & ~(umask := os.umask(0)) and not os.umask(umask)
     files.write_text(tmp_path / ("n" * 255), "")  # the longest name a disk takes
 

@@ -156,7 +156,10 @@ def test_benchmark_of_a_step_prints_every_row(corpus, capsys):
     assert list(rows) == ["unit", "towers", "step", "step, checkpointing", "step, micro-batch 2"]
     assert float(rows["towers"]) == 1
     assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in STAGES)
-    assert printed.count("not run") == 2  # what needs a GPU
+    share = re.search(r"^share of the matrix rate: the step reaches ([\d.]+)% of .* bf16 on this CPU", printed,
+                      re.MULTILINE)
+    assert re.search(rf"^step +[\d.]+ +[\d.]+ +[\d.]+ +{share[1]}%$", printed, re.MULTILINE)
+    assert "45 %" not in printed and printed.count("not measured, there is no GPU here") == 1
 
 
 def test_counted_work_grows_with_the_batch(corpus):

@@ -38,7 +38,7 @@ def official(folder: Path, name: str, caption: str) -> dict[str, list]:
         (folder / other).write_bytes(content)
     words = {"MSR-VTT's sentences": "a man", "MSR-VTT's list": "a, woman", "MSVD's captions": "a cat",
              "VATEX's captions": "train1 one", "DiDeMo's descriptions": "one", "ActivityNet's paragraphs": "One.",
-             "LSMDC's lines": "Someone nods."}  # fmt: skip
+             "LSMDC's lines": "Someone nods."}
     text = form.sample.decode()
     assert words[name] in text
     path = folder / form.name
@@ -47,7 +47,7 @@ def official(folder: Path, name: str, caption: str) -> dict[str, list]:
 
 
 CORPORA = ["MSR-VTT's sentences", "MSR-VTT's list", "MSVD's captions", "VATEX's captions", "DiDeMo's descriptions",
-           "ActivityNet's paragraphs", "LSMDC's lines"]  # fmt: skip
+           "ActivityNet's paragraphs", "LSMDC's lines"]
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
@@ -111,7 +111,7 @@ PLACES = {  # a command's reader -> the name that it looks for
     "results.jsonl": lambda path: runs.read_results(path.parent), "config.yaml": config_of,
     "preset.yaml": lambda path: settings.preset_flags(str(path)),
     "1-of-1.jsonl": lambda path: journals.read_known(path.parent.with_suffix(""), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", JSON_FAULTS)

@@ -33,7 +33,7 @@ SENTENCES = {
     "fish": ["one fish", " ", "red fish, blue fish"],  # a blank one is none
 }
 QUERIES = [("dog", "a dog runs"), ("fish", "fish of two colours swim around in a very large bowl of water"),
-           ("cat", "a cat sits"), ("dog", "snow!"), ("cat", "it sits on a mat")]  # fmt: skip
+           ("cat", "a cat sits"), ("dog", "snow!"), ("cat", "it sits on a mat")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory):
         {"video": video, "captioner": "test", "prompt": "",
          "sentences": [{"time": t, "text": s} for t, s in zip(TIMES[video], said)]}
         for video, said in SENTENCES.items()
-    ]  # fmt: skip
+    ]
     write_lines(folder / "narrations.jsonl", narrations)
     write_lines(folder / "frames" / "index.jsonl", [{"video": v, "times": t} for v, t in TIMES.items()])
     for split in ("train", "test"):
@@ -136,7 +136,7 @@ def numpy_scores(corpus, state, fidelity):
             features, *masks = enhanced[video]
             for view in (0, 1):
                 scores[view, b, v] = reference.score(eos, words, real, weights, features[view], masks[view],
-                                                     p=0.4, temperature=0.1, fidelity=fidelity)  # fmt: skip
+                                                     p=0.4, temperature=0.1, fidelity=fidelity)
     return *scores, np.array([videos.index(video) for video, _ in QUERIES])
 
 
@@ -152,7 +152,7 @@ def test_a_released_checkpoint_scores_as_numpy_does_from_pixels_to_metrics(corpu
     np.testing.assert_allclose(saved["S_qn"], s_narration, rtol=0, atol=1e-4)
     assert s_video.std() > 0.01 and s_narration.std() > 0.01  # or 1e-4 would prove little
     want = {"S_qv": s_video, "S_qn": s_narration, "S_sum": s_video + s_narration,
-            "S_fusion": reference.fuse(s_video, s_narration)}  # fmt: skip
+            "S_fusion": reference.fuse(s_video, s_narration)}
     assert metrics.keys() == want.keys()
     for name, matrix in want.items():
         for direction, numbers in reference.retrieval_metrics(matrix, video_of_query).items():
@@ -183,9 +183,9 @@ def test_one_epoch_moves_it_and_its_own_checkpoint_needs_no_flag_again(corpus, c
     model = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     state = released_state()
     assert not torch.equal(model["heads.temporal_frames.blocks.0.mlp.c_fc.weight"],
-                           state["transformerClip.resblocks.0.mlp.c_fc.weight"])  # fmt: skip
+                           state["transformerClip.resblocks.0.mlp.c_fc.weight"])
     flags = ["--eval_only", "--checkpoint", tmp_path / "run" / "best.pt", "--data_dir", corpus, "--output_dir",
-             tmp_path / "eval", "--num_workers", 0]  # fmt: skip
+             tmp_path / "eval", "--num_workers", 0]
     assert trainer.main([str(x) for x in flags]) == trained
 
 

@@ -289,7 +289,7 @@ CANNOT_BE_BUILT = {json.dumps({"embed_dim": 64, "vision_cfg": SMALL["vision_cfg"
     ({}, {"width": 0, "heads": 1}, {}, "cannot be built"), ({}, {}, {"embed_dim": 0}, "no weight"),
     ({"image_size": "32"}, {}, {}, "image side"), ({"image_size": 33}, {}, {}, "image side"),
     ({}, {"context_length": "77"}, {}, "cannot be built"), ({"patch_size": 0}, {}, {}, "image side"),
-]}  # fmt: skip
+]}
 
 
 def test_an_unknown_model_is_refused(folder, tmp_path):
@@ -306,7 +306,7 @@ def test_an_unknown_model_is_refused(folder, tmp_path):
     "name",
     ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "EVA02-B-16",
      "convnext_base", "MobileCLIP-B", "ViT-L-14-CLIPA", "ViT-H-14-worldwide", "nllb-clip-base"],
-)  # fmt: skip
+)
 def test_other_towers_are_refused_before_anything_is_built(monkeypatch, name):
     monkeypatch.setattr(clip, "CLIP", None)  # building would be a TypeError
     message = refusal(name)

@@ -27,7 +27,7 @@ ALIGNMENT = {
     "release": "as many captions as frames belong to all of them, fewer to as many evenly picked ones, in order",
     "titles": "titles tell of the whole video, of no moment: frame j is given title j mod m of m, the best first, "
               "so the times of this narration mean nothing",
-}  # fmt: skip
+}
 CAPTIONER = {"release": "unknown (published file)", "titles": "Cap4Video titles (of whole videos)"}
 OUR_KEYS = {"video", "captioner", "prompt", "sentences"}
 COMPLETE = "is the file complete?"

@@ -30,7 +30,7 @@ from narvid.data.pixels import BT601, LIMITED, pictures
 SUFFIXES = (  # of what is taken for a video file
     ".3g2", ".3gp", ".3gpp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
     ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
-)  # fmt: skip
+)
 SHORT_SIDE, QUALITY = 256, 95  # of the frames that are kept as jpgs, where nothing else is said
 
 

@@ -123,7 +123,7 @@ _REFUSAL = re.compile(
         r"(?:provided?|attach(?:ed)?|upload(?:ed)?|shared?|includ(?:ed?))\b",
         rf"^(?:please|could you|can you) (?:\w+ )?(?:upload|provide|share|attach|send) (?:\w+ )?{_PICTURE}\b",
     ))
-)  # fmt: skip
+)
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
 
 

@@ -187,7 +187,7 @@ class LocalCaptioner:
         whole = torch.isin(tokens, self._ends().to(tokens.device)).any(dim=1).tolist()
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens)
-                for text, ended in zip(texts, whole, strict=True)]  # fmt: skip
+                for text, ended in zip(texts, whole, strict=True)]
 
     def _ends(self):
         """The tokens that end an answer, of which a batch goes on until its last picture has one; BLIP's is [SEP]."""

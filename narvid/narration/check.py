@@ -113,7 +113,7 @@ def validate(
     problems["equal"], problems["generic"] = _equal(said)
     captioners = Counter(narration.captioner for narration in narrations.values())
     report = Report(len(narrated), frames, captioners, problems, mean_words, framed / max(frames, 1), refused,
-                    repeated_share, max_words, cut_share, lost_share, *_most_frequent(said), alignment)  # fmt: skip
+                    repeated_share, max_words, cut_share, lost_share, *_most_frequent(said), alignment)
     return report, narrations
 
 
@@ -259,7 +259,7 @@ def print_report(path: str | Path, report: Report) -> None:
     print(f"{report.refused:10}  sentences are refusals")
     print(f"{report.repeated_share:10.2%}  of the sentences equal the one before")
     print(f"{report.cut_share:10.2%}  of the sentences are cut at {report.max_words} tokens (--max_words); "
-          f"{report.lost_share:.2%} of all tokens are lost")  # fmt: skip
+          f"{report.lost_share:.2%} of all tokens are lost")
     print(f"{report.common_share:10.2%}  of the videos contain the most frequent sentence, {_quote(report.common)}")
     if report.common_share >= COMMON:
         print(f"{'':12}many videos for one sentence: does the captioner look at its frames?")
@@ -275,7 +275,7 @@ def print_report(path: str | Path, report: Report) -> None:
 def write_list(path: str | Path, report: Report) -> int:
     """Every problem of every video as JSON lines {"video", "kind", "what"} -> their number."""
     lines = [{"video": video, "kind": kind, "what": what}
-             for kind, found in report.problems.items() for video, what in found.items()]  # fmt: skip
+             for kind, found in report.problems.items() for video, what in found.items()]
     write_json_lines(path, lines)
     return len(lines)
 

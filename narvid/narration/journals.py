@@ -60,7 +60,7 @@ class Known(NamedTuple):
     def texts(self, video: str) -> dict[float, str]:
         """Time -> sentence, of one video."""
         return {moment: answer.said for moment, answer in self.answers.get(video, {}).items()
-                if not isinstance(answer.said, Failed)}  # fmt: skip
+                if not isinstance(answer.said, Failed)}
 
 
 def my_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> Shard:

@@ -9,18 +9,17 @@ row needs is evaluated by the trainer's --eval_only into RUN/eval. Nothing else 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from narvid import InputError
-from narvid.files import write_text
+from narvid.files import write_csv, write_text
+from narvid.flags import Parser
 from narvid.report.runs import final_of, read_config, read_results
 from narvid.run.run_dir import load_checkpoint
 from narvid.run.settings import DEFAULT_METHOD
@@ -315,12 +314,10 @@ def strokes(values: list[float | None], form: str = "{:.1f}") -> str:
     return " / ".join("-" if value is None else form.format(value) for value in values)
 
 
-def as_csv(rows: list[Row], runs_of_row: dict[int, list[Run]]) -> str:
+def as_csv(rows: list[Row], runs_of_row: dict[int, list[Run]]) -> Iterator[list]:
     """One value a line, nothing rounded."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "part", "row", "direction", "metric", "published", "ours", "difference", "spread", "runs",
-                     "select_on", "dsl", "qb_norm", "status", "command"])
+    yield ["table", "part", "row", "direction", "metric", "published", "ours", "difference", "spread", "runs",
+           "select_on", "dsl", "qb_norm", "status", "command"]
     for i, row in enumerate(rows):
         for direction in DIRECTIONS:
             for line in lines_of(row, runs_of_row[i], direction):
@@ -329,17 +326,16 @@ def as_csv(rows: list[Row], runs_of_row: dict[int, list[Run]]) -> str:
                 columns = zip(row.metrics, line.published, line.mean("metrics"), line.difference, line.spread,
                               line.mean("dsl"), line.mean("qb_norm"))
                 for *values, dsl, qb_norm in columns:
-                    writer.writerow([*head, *values, len(line.runs), line.select_on, dsl, qb_norm, *tail])
+                    yield [*head, *values, len(line.runs), line.select_on, dsl, qb_norm, *tail]
                 for view in ["video", "narration"] if row.kept and direction == "T2V" else []:
                     published = row.kept if view == "video" else ""
-                    writer.writerow([*head, f"kept ({view})", published, line.kept.get(view, ""), "", "",
-                                     len(line.runs), line.select_on, "", "", *tail])
-    return text.getvalue()
+                    yield [*head, f"kept ({view})", published, line.kept.get(view, ""), "", "", len(line.runs),
+                           line.select_on, "", "", *tail]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the tables and write them beside the runs."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="?", help="folder with run directories one or two levels below [runs]")
     args = parser.parse_args(argv)
     folder = args.runs or ROOT / "runs"
@@ -352,5 +348,5 @@ def main(argv: list[str] | None = None) -> None:
     runs_of_row, more = assign(runs, rows)
     text = as_markdown(tables, rows, runs_of_row, said + more)
     write_text(folder / "tables.md", text)
-    write_text(folder / "tables.csv", as_csv(rows, runs_of_row))
+    write_csv(folder / "tables.csv", as_csv(rows, runs_of_row))
     print(text)

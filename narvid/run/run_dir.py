@@ -14,7 +14,6 @@ resumed run the same one: same_run.py.
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 from collections.abc import Sequence
@@ -144,8 +143,7 @@ class RunDir:
     def save_csv(self, name: str, columns: dict[str, Sequence]) -> None:
         """Columns of equal length as .csv with a head line."""
         if self.writes:
-            with files.writing(self.path / name) as f:
-                csv.writer(f, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+            files.write_csv(self.path / name, [list(columns), *zip(*columns.values(), strict=True)])
 
     def load(self, name: str) -> dict | None:
         """A checkpoint of this run, or None where there is none yet; InputError, with a way out, for a damaged one."""

@@ -228,7 +228,7 @@ def test_stamps_that_stand_still(tmp_path):
     assert any("stand still" in note for note in notes)
     times = [min(t, 2.0) for t in tenths(100)]
     assert [seconds for seconds, _ in taken(with_stamps(tmp_path / "stopped.mkv", times), n=3)] == [
-        0.0, pytest.approx(4.5, abs=1.2), pytest.approx(9.9, abs=1.2)]  # fmt: skip
+        0.0, pytest.approx(4.5, abs=1.2), pytest.approx(9.9, abs=1.2)]
     double = [i // 2 / 5 for i in range(60)]  # each stamp twice is a rate, not a clock that stands
     notes = []
     assert len(taken(with_stamps(tmp_path / "double.mkv", double), fps=1, notes=notes)) == 6 and not notes
@@ -433,7 +433,7 @@ def test_a_fourth_byte_that_is_no_alpha(tmp_path):
 @pytest.mark.parametrize(("tag", "note"), [(8, "BT.709"), (10, "BT.2020"), (13, "BT.2020"), (14, "BT.2020")])
 def test_an_unusual_colour_matrix_costs_no_file(tmp_path, tag, note):
     path = write(tmp_path / "a.mp4", [quadrants()] * 15, codec="libx264", pixels="yuv444p",
-                 options={"crf": "5"}, tags={"colorspace": tag})  # fmt: skip
+                 options={"crf": "5"}, tags={"colorspace": tag})
     for pixels in through_both(path, tmp_path):
         assert np.abs(corners(pixels) - QUADRANTS).max() < 45  # that of BT.601's, which swscale wrote
     notes = []
@@ -470,7 +470,7 @@ def test_exif_says_which_side_is_up(orientation, kind):
     upright = Image.fromarray(quadrants((64, 64)))
     stored = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-              8: Image.Transpose.ROTATE_270}  # fmt: skip
+              8: Image.Transpose.ROTATE_270}
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     (upright.transpose(stored[orientation]) if orientation > 1 else upright).save(file, kind, exif=exif, quality=95)

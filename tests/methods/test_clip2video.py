@@ -151,7 +151,7 @@ def unrelated(model, queries, videos, seed=0):
     """Noise through the heads: unit vectors of so many queries and videos that have nothing to do with each other."""
     rng = np.random.default_rng(seed)
     words, eos, frames = (torch.tensor(rng.normal(size=shape), dtype=torch.float32)
-                          for shape in ((queries, 6, 64), (queries, 64), (videos, 6, 64)))  # fmt: skip
+                          for shape in ((queries, 6, 64), (queries, 64), (videos, 6, 64)))
     with torch.no_grad():
         aligned = model.align(words, torch.ones(queries, 6, dtype=torch.bool))
         made = Queries(torch.nn.functional.normalize(eos, dim=1), aligned)
@@ -319,7 +319,7 @@ def test_a_run_and_its_checkpoint_evaluated_alone_agree(corpus, tmp_path):
     assert len(tiny.losses(tmp_path / "run")) == 2
     alone = trainer.main([str(x) for x in (
         "--eval_only", "--checkpoint", tmp_path / "run" / "best.pt", "--data_dir", corpus, "--num_workers", 0,
-        "--output_dir", tmp_path / "alone", "--eval_batch_size", 3)])  # fmt: skip
+        "--output_dir", tmp_path / "alone", "--eval_batch_size", 3)])
     assert alone == trained
 
 

@@ -131,7 +131,7 @@ def test_equal_narrations_name_each_other(tmp_path):
         "video2": [f"{s} elsewhere" for s in TOLD],
         "video3": [*TOLD[:-1], "another end"],
         "video4": [*TOLD[:-2], "two", "others"],
-    })  # fmt: skip
+    })
     assert report.problems["equal"] == {
         "video0": "the same 12 sentences as video1",
         "video1": "the same 12 sentences as video0",

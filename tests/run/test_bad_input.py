@@ -138,7 +138,7 @@ FILES = {
     ),
     "no narration": (without_narration, ["narrations.jsonl", "train1", "--missing_narration skip-video"]),
     "another frame rate": (at_another_rate, ["narrations.jsonl", "train1", "another frame rate", "1.70 s", "1.00 s"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("damage", "words"), FILES.values(), ids=FILES)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def small_flags(corpus):
     """Those of tiny.py that are no path: for all rows."""
     given = tiny.flags(corpus, "none", "--clip_model", corpus / "clip.json", "--no-quick_gelu", "--epochs", 1,
-                       "--eval_batch_size", 64)  # fmt: skip
+                       "--eval_batch_size", 64)
     return given[2:4] + given[6:]
 
 

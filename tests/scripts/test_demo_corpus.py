@@ -288,6 +288,6 @@ def test_understanding_retrieves_and_matching_strings_does_not(capsys):
     oracle, overlap = recall_at_1(understood), recall_at_1(strings)
     with capsys.disabled():
         print(f"\ndemo corpus, 200 test videos: {ambiguous} ambiguous queries; R@1 by understanding {oracle:.1f} %, "
-              f"by common words {overlap:.1f} %")  # fmt: skip
+              f"by common words {overlap:.1f} %")
     assert oracle > 80
     assert overlap < 5
