@@ -321,7 +321,7 @@ def begin(args: argparse.Namespace, world: distributed.World, run: RunDir) -> tu
     last = ended = None
     with distributed.together(world):
         last = run.load("last.pt") if args.resume == "auto" and not args.eval_only else None
-        # At another path the data may be another: then it is read and compared before the result is told.
+        # At another path the data may be another: then it is read and compared before the result is printed.
         if before is not None and all(before.get(name) == getattr(args, name, None) for name in same_run.OF_DATA):
             ended = run.final_result()
     distributed.check_same({name: last[name] if last else 0 for name in ("epoch", "step", "global_step")}, world)

@@ -158,7 +158,7 @@ def agree(error: str | None, world: World) -> None:
 def together(world: World) -> Iterator[None]:
     """What the block raises as an InputError on one rank, all raise.
 
-    Inside, ranks may speak to each other by `agree` alone: one that failed is heard at the next.
+    Inside, ranks may speak to each other by `agree` alone: the failure of one is noticed at the next.
     """
     error = None
     try:
@@ -184,8 +184,8 @@ def check_same(what: dict[str, Any], world: World) -> None:
     for rank, other in enumerate(others, 1):
         differ = [key for key in first | other if first.get(key) != other.get(key)]
         if differ:
-            told = ", ".join(f"{key} {other.get(key)} there, {first.get(key)} on process 0" for key in differ[:4])
-            raise SaidByAll(f"process {rank} sees another run than process 0 ({told}); all of them must see the same "
+            gap = ", ".join(f"{key} {other.get(key)} there, {first.get(key)} on process 0" for key in differ[:4])
+            raise SaidByAll(f"process {rank} sees another run than process 0 ({gap}); all of them must see the same "
                             "data and one --output_dir")
 
 

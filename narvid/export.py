@@ -27,7 +27,7 @@ CARD = """# {title}
 
 It finds videos by sentences. Method `{named}`; the CLIP towers are {clip_model},
 for pictures of {side} pixels, with a joint dimension of {dim}. It looks at up to {max_frames} frames of a video, one
-a second at most, and reads up to {max_words} tokens of a query{heard}.
+a second at most, and reads up to {max_words} tokens of a query{narration_used}.
 
 ## Use
 
@@ -94,7 +94,7 @@ def card(folder: str, model: torch.nn.Module, flags: argparse.Namespace, data: d
     text = "\n".join(f"    {line}".rstrip() for line in show(result).splitlines()) if result else "None are known."
     return CARD.format(title=folder, folder=folder, of=of, named=named(flags).removeprefix("--method "), results=text,
                        data="\n".join(lines),
-                       heard=" and of each sentence of a narration, one a frame" if narrated else "",
+                       narration_used=" and of each sentence of a narration, one a frame" if narrated else "",
                        clip_model=Path(flags.clip_model).stem, side=model.clip.config.image_size,
                        dim=model.clip.config.embed_dim, max_frames=flags.max_frames, max_words=flags.max_words)
 

@@ -105,7 +105,7 @@ class Retriever:
         A path is one whole video: of its frames, one a second, K are picked as in evaluation.
         narrations: a narration file (a video's id is its file name without the suffix), or for each path its sentences,
         (seconds, text) or {"time", "text"} each, None for a video without any. A sentence meets the frame of its time;
-        a frame without one is masked. Without narrations S_qv alone tells videos apart.
+        a frame without one is masked. Without narrations videos differ in S_qv alone.
         InputError names the file that cannot be read, the video without a narration, the sentence that is none.
         """
         paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
@@ -113,11 +113,11 @@ class Retriever:
             raise InputError("there is no video to encode: give at least one path")
         if narrations is not None and not self.narrated:
             raise InputError("this model reads no narration: leave the narrations out")
-        told = _narrations(paths, narrations)
+        of_paths = _narrations(paths, narrations)
         parts = []
         for start in range(0, len(paths), self.encoding.batch_size):  # pixels of one batch are in memory at a time
             some = slice(start, start + self.encoding.batch_size)
-            frames, sentences = zip(*(self._read(*one, narrations) for one in zip(paths[some], told[some])))
+            frames, sentences = zip(*(self._read(*one, narrations) for one in zip(paths[some], of_paths[some])))
             parts.append(self.encode_frames(frames, sentences))
         return concatenate(parts)
 
@@ -137,8 +137,8 @@ class Retriever:
 
         They are padded and masked as in evaluation. Not to be called from two threads at once.
         """
-        told = list(sentences) if self.narrated else None
-        split = Split([], np.zeros(0, int), [], Path(), [], told, [], 0)
+        narrations = list(sentences) if self.narrated else None
+        split = Split([], np.zeros(0, int), [], Path(), [], narrations, [], 0)
         items = [Item(v, v, x, list(range(len(x)))) for v, x in enumerate(frames)]
         parts = []
         for start in range(0, len(items), self.encoding.batch_size):

@@ -225,7 +225,7 @@ def _read(towers: CLIP, tokens: Tensor) -> Tensor:
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], bool | None]:
-    """A weights file -> its state dict in fp32 with CLIP's keys, and whether it needs QuickGELU (None: unsaid).
+    """A weights file -> its state dict in fp32 with CLIP's keys, and whether it needs QuickGELU (None: not known).
 
     Takes TorchScript archives, safetensors and state dicts (bare or under "state_dict"; "module." is stripped).
     """

@@ -189,8 +189,9 @@ def make_corpus(folder: Path, videos: int) -> None:
         for path in frame_paths(folder / "frames", video, range(K)):
             Path(path).write_bytes(jpg.getvalue())
         index.append({"video": video, "times": times})
-        told = [{"time": t, "text": f"a man with the number {v} stands at {t} s before a wooden table"} for t in times]
-        narrations.append({"video": video, "captioner": "none", "prompt": "", "sentences": told})
+        sentences = [{"time": t, "text": f"a man with the number {v} stands at {t} s before a wooden table"}
+                     for t in times]
+        narrations.append({"video": video, "captioner": "none", "prompt": "", "sentences": sentences})
         split, number = ("test", 1) if v % 10 == 9 else ("train", 20)
         pairs[split] += [{"video": video, "query": f"person {q} does something with {v} things"} for q in range(number)]
     for name, entries in (("frames/index", index), ("narrations", narrations), *pairs.items()):

@@ -14,7 +14,7 @@ the query, which does not grow, is not in it.
 
 What is drawn, where there is no index. A direction in a space of RANK dimensions for each of TOPICS topics; a video has
 EVENTS events, each partly its topic's and partly its own; a frame is its event with a little noise, a sentence with
-more; both are put into D dimensions, where noise from a pool is added, and brought to length 1. A query tells the
+more; both are put into D dimensions, where noise from a pool is added, and brought to length 1. A query names the
 events of a video: its eos lies between them, each word near one. The spreads of the cosines are printed; they resemble
 those of the demo's trained model, which --index prints.
 Here: drawing, exact ranking, timing. Not here: stage one and stage two (narvid/search).
@@ -80,7 +80,7 @@ class Drawn:
         return match(queries, videos, **MATCHING)
 
     def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Stage one's: ids (n,), vectors (n, K, 2 D), told (n,), as Embedder.pool_videos makes them."""
+        """Stage one's: ids (n,), vectors (n, K, 2 D), has_sentence (n,) bool, as Embedder.pool_videos makes them."""
         for start in range(0, len(self.ids), BLOCK):
             ids = self.ids[start:start + BLOCK]
             videos = self.videos(ids)
@@ -103,15 +103,15 @@ class Drawn:
         return Videos(frames, narration, mask, mask)
 
     def queries(self, numbers: np.ndarray) -> Queries:
-        """One query for each of these videos; it tells all of its events."""
+        """One query for each of these videos; it names all of its events."""
         parts = []
         for number in numbers:
             events = self._events(number)[1]
             rng = np.random.default_rng([self.seed, number, 1])
-            told = np.vstack([events.mean(axis=0) * EVENTS ** 0.5, events[np.arange(WORDS) % EVENTS]])
+            clean = np.vstack([events.mean(axis=0) * EVENTS ** 0.5, events[np.arange(WORDS) % EVENTS]])
             scatter = np.array([QUERY_SCATTER] + [WORD_SCATTER] * WORDS, np.float32)[:, None]
-            latent = told.astype(np.float32) + scatter * rng.standard_normal(told.shape, dtype=np.float32)
-            parts.append(self._lifted(latent, rng.integers(len(self.noise), size=len(told))))
+            latent = clean.astype(np.float32) + scatter * rng.standard_normal(clean.shape, dtype=np.float32)
+            parts.append(self._lifted(latent, rng.integers(len(self.noise), size=len(clean))))
         features = torch.from_numpy(np.stack(parts))  # (B, 1 + L, D)
         mask = torch.ones(len(numbers), WORDS, dtype=torch.bool)
         return Queries(features[:, 0], features[:, 1:], mask, mask / WORDS)
@@ -197,7 +197,7 @@ def make(source: Drawn | Real, mean: bool) -> StageOne:
     sample = pooled(sample)
     sample = sample[sample.any(axis=2)]
     blocks = tqdm(source.vectors(), "stage one", -(-len(source.ids) // BLOCK), unit="block", leave=False)
-    return StageOne.make(((ids, pooled(x), told) for ids, x, told in blocks), sample,
+    return StageOne.make(((ids, pooled(x), has) for ids, x, has in blocks), sample,
                          round(len(sample) / len(wanted) * len(source.ids)))
 
 

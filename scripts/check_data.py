@@ -120,13 +120,14 @@ def check_narrations(path: Path, frames_dir: Path, times: Mapping[str, Sequence[
         narrations = load_narrations(path, times)
     except InputError as error:
         return Finding("narrations", str(error), f"python -m narvid.narration check {path} --frames {frames_dir}")
-    told = {video for video in videos if video in narrations and any(s.strip() for s in narrations[video].sentences)}
-    captioners = sorted({narrations[video].captioner for video in told})
-    found = f"{len(told):,} of {len(videos):,} videos in {path}{_some(videos - told)}"
+    narrated = {video for video in videos
+                if video in narrations and any(s.strip() for s in narrations[video].sentences)}
+    captioners = sorted({narrations[video].captioner for video in narrated})
+    found = f"{len(narrated):,} of {len(videos):,} videos in {path}{_some(videos - narrated)}"
     if captioners:
         found += f"; by {', '.join(captioners[:3])}"
     todo = "narrate the rest (data/README.md, Narrations), or train with --missing_narration skip-video"
-    return Finding("narrations", found, todo if len(told) < len(videos) else None)
+    return Finding("narrations", found, todo if len(narrated) < len(videos) else None)
 
 
 def _some(missing: Iterable[str]) -> str:

@@ -172,8 +172,8 @@ def vatex_right(text: str) -> dict[str, list]:
 
 
 def didemo_right(text: str) -> dict[str, list]:
-    told = [entry["description"].strip() for entry in json.loads(text) if entry["video"] == "train1"]
-    return {"train": [("train1", " ".join(told))], "val": [("val1", "v")], "test": [("test1", "t")]}
+    captions = [entry["description"].strip() for entry in json.loads(text) if entry["video"] == "train1"]
+    return {"train": [("train1", " ".join(captions))], "val": [("val1", "v")], "test": [("test1", "t")]}
 
 
 def activitynet_right(text: str) -> dict[str, list]:
@@ -229,7 +229,7 @@ FORMATS = {
     ),
     "narrations": Format(
         "n.jsonl", in_lines(LINES, LINES | {"video": "v2"}),
-        lambda path: {video: tuple(told) for video, told in narrations.load_narrations(path).items()}, ours_right,
+        lambda path: {video: tuple(fields) for video, fields in narrations.load_narrations(path).items()}, ours_right,
     ),
     "released narrations": Format(
         "n.json", as_json([{"video_file": "v1.mp4", "caption_1": "a", "caption_2": "b"}, {"video_file": "v2"}]),

@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         narrations = load_narrations(args.narrations, times)
         leaders = leaders_of[args.same_frame[0]]
-        changed = {video: share_sentences(told, times[video], leaders[video]) if video in times else told
-                   for video, told in narrations.items()}
+        changed = {video: share_sentences(narration, times[video], leaders[video]) if video in times else narration
+                   for video, narration in narrations.items()}
         write_narrations(args.out, changed.items())
         print(f"wrote {len(changed)} narrations to {args.out}")
 

@@ -150,7 +150,7 @@ def check_helpers():
         distributed.agree("rank 1 has no disk" if world.rank == 1 else None, world)
     distributed.agree(None, world)
     with pytest.raises(distributed.SaidByAll, match="^rank 2 is late$"), distributed.together(world):
-        if world.rank == 2:  # it never comes to the inner one, and is heard there
+        if world.rank == 2:  # it never comes to the inner one, and its failure is noticed there
             raise InputError("rank 2 is late")
         with distributed.together(world):
             pass

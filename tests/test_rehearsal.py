@@ -1,6 +1,6 @@
 """All that uses a GPU runs in a rehearsal of one (rehearse_gpu.py): every method, two ranks, search, captioner.
 
-Five processes start at once; each tells of its parts in a file, by name: null, or the traceback. A part that a CPU
+Five processes start at once; each writes the outcome of its parts to a file: null, or the traceback. A part that a CPU
 alone would pass (a tensor made on the wrong device, numpy of a GPU's tensor) fails here.
 """
 
@@ -52,7 +52,7 @@ PLANTED = {  # what -> module, a piece of it, the same as someone without a GPU 
 # ------------------------------------------------------------------------------------------------ inside the process
 
 
-def tell(out, parts):
+def write_outcomes(out, parts):
     """Each part's outcome by name, null or a traceback, into the file `out`. parts: name -> (function, arguments)."""
     outcomes = {}
     for name, (function, *arguments) in parts.items():
@@ -125,7 +125,8 @@ def check_equality(folder, corpus):
 def train_ranks(out, argvs):
     """On one of two ranks: run after run in one process group."""
     stop, distributed.stop = distributed.stop, lambda: None
-    tell(out.with_name(f"{out.name}{os.environ['RANK']}"), {name: (train, argv) for name, argv in argvs.items()})
+    write_outcomes(out.with_name(f"{out.name}{os.environ['RANK']}"),
+                   {name: (train, argv) for name, argv in argvs.items()})
     stop()
 
 
@@ -139,7 +140,7 @@ def search_and_narrate(out, folder, checkpoint):
             test_frames.make_clip(videos / name, [0, 0.5, 1, 1.5, 2], size=(32, 24), codec="mpeg4", rate=2)
         Image.new("RGB", (32, 32), "red").save(folder / "red.jpg")
         captioner = save_llava(folder / "llava")
-        tell(out, {
+        write_outcomes(out, {
             "index": (search, ["index", str(videos), "--out", str(index), "--checkpoint", str(checkpoint),
                                "--captioner", str(captioner)]),
             "text": (search, ["query", str(index), "a red boat", "--json"]),
@@ -167,7 +168,7 @@ def caption(captioner, picture):
 
 
 @pytest.fixture(scope="module")
-def told(corpus, weights, tmp_path_factory):
+def outcomes(corpus, weights, tmp_path_factory):
     """Process -> part -> null or a traceback."""
     folder = tmp_path_factory.mktemp("rehearsal")
 
@@ -187,8 +188,8 @@ def told(corpus, weights, tmp_path_factory):
     torch.save(stored, folder / "best.pt")
 
     processes = [
-        tiny.start(tell, folder / "methods", methods, log=folder / "methods.log"),
-        tiny.start(tell, folder / "others", others, log=folder / "others.log"),
+        tiny.start(write_outcomes, folder / "methods", methods, log=folder / "methods.log"),
+        tiny.start(write_outcomes, folder / "others", others, log=folder / "others.log"),
         tiny.start(search_and_narrate, folder / "search", folder, folder / "best.pt", log=folder / "search.log"),
         *tiny.start_ranks(2, train_ranks, folder / "ranks", pairs, log=folder / "ranks.log")]
     codes = [tiny.wait(process, timeout=500) for process in processes]
@@ -203,14 +204,14 @@ def told(corpus, weights, tmp_path_factory):
     *(("others", name) for name in [*OTHER_RUNS, "workers"]),
     *((f"ranks{rank}", name) for name in RANK_RUNS for rank in (0, 1)),
     *(("search", name) for name in ("index", "text", "picture", "clip", "retriever"))])
-def test_it_runs_on_a_gpu(told, process, part):
-    assert told[process][part] is None, told[process][part]
-    assert "1 process(es), cuda" in told["log"]
+def test_it_runs_on_a_gpu(outcomes, process, part):
+    assert outcomes[process][part] is None, outcomes[process][part]
+    assert "1 process(es), cuda" in outcomes["log"]
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_line_for_the_cpu_alone_is_found(told, name):
-    said = told["search" if name == "captioner" else "others"][f"planted {name}"] or "it passed"
+def test_a_line_for_the_cpu_alone_is_found(outcomes, name):
+    said = outcomes["search" if name == "captioner" else "others"][f"planted {name}"] or "it passed"
     assert re.search(PLANTED[name][-1], said, re.DOTALL), said
 
 

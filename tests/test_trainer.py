@@ -109,7 +109,7 @@ def test_mean_number_of_frames_kept_stands_in_the_result(corpus, weights, tmp_pa
                             "--filter_k", k))
     split = trainer.load_data(trainer.parse_args(tiny.flags(corpus, tmp_path / "none")), ALONE)["test"]
     want = np.mean([min(len(picks), k) for picks in split.picks])
-    of_sentences = np.mean([min(sum(s is not None for s in told), k) for told in split.sentences])
+    of_sentences = np.mean([min(sum(s is not None for s in texts), k) for texts in split.sentences])
     kept = tiny.results(tmp_path / "run")[-1]["frames_kept"]
     assert kept == pytest.approx({"video": want, "narration": of_sentences})
 
@@ -129,9 +129,9 @@ def test_the_kept_frames_of_a_query_are_printed(corpus, weights, tmp_path):
     for block, video in zip(blocks, best):
         v = split.videos.index(video)
         assert len(re.findall(r"% frame (\d+)$", block, re.MULTILINE)) == min(2, len(split.picks[v]))
-        told = [text for text in split.sentences[v] if text is not None]
-        assert len(re.findall(r"% a picture", block)) == min(2, len(told))
-        assert all(text in told for text in re.findall(r"% (a picture.*)$", block, re.MULTILINE))
+        texts = [text for text in split.sentences[v] if text is not None]
+        assert len(re.findall(r"% a picture", block)) == min(2, len(texts))
+        assert all(text in texts for text in re.findall(r"% (a picture.*)$", block, re.MULTILINE))
 
 
 def test_post_processed_results_stand_in_columns_of_their_own(full_run, corpus):

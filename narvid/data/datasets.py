@@ -117,14 +117,14 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
                              "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
         picked = pick_frames(len(times), max_frames or len(times))
         if narrations is not None:
-            told = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
-            if not any(told):
+            of_frames = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
+            if not any(of_frames):
                 if missing_narration == "error":
                     raise InputError(f"{narrations_path}: no narration for video {video} ({path}:{number}); "
                                      "narrate it, or leave such videos out with --missing_narration skip-video")
                 skipped.add(video)
                 continue
-            sentences.append(told)
+            sentences.append(of_frames)
         index[video] = len(index)
         picks.append(picked)
     pairs = [(video, query) for _, video, query in pairs if video in index]
@@ -270,20 +270,20 @@ def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int,
     for row, x in enumerate(items):
         frames[row, :len(x.frames)] = x.frames
         mask[row, :len(x.frames)] = True
-    tokens = word_mask = told = sentences = sentence_of_frame = narration_mask = None
+    tokens = word_mask = of_videos = sentences = sentence_of_frame = narration_mask = None
     if with_queries:
         queries = [split.queries[i] for i in item.tolist()]
         tokens, word_mask = split.features.of_queries(queries) if split.features else tokenize(queries, max_words)
     if split.titles is not None:
-        told = [split.titles[x.video] for x in items]
+        of_videos = [split.titles[x.video] for x in items]
     elif split.sentences is not None:
-        told = [[split.sentences[x.video][place] for place in x.places] for x in items]
-    if told is not None:
+        of_videos = [[split.sentences[x.video][place] for place in x.places] for x in items]
+    if of_videos is not None:
         number: dict[str, int] = {}
-        width = max_frames if split.titles is None else max(map(len, told))
+        width = max_frames if split.titles is None else max(map(len, of_videos))
         sentence_of_frame = torch.zeros(len(items), width, dtype=torch.long)
         narration_mask = torch.zeros(len(items), width, dtype=torch.bool)  # True = a real sentence
-        for row, texts in enumerate(told):
+        for row, texts in enumerate(of_videos):
             for k, sentence in enumerate(texts):
                 if sentence is not None:
                     sentence_of_frame[row, k] = number.setdefault(sentence, len(number))

@@ -16,7 +16,7 @@ from narvid import InputError
 
 CLOCK_TOLERANCE = 6e-4  # seconds; containers that count in milliseconds round a frame's time by up to half of one
 # FFmpeg also reads playlists, lists of pictures and scripts, which lead to other files. These hold what they show, or
-# sound alone, which is told apart below.
+# sound alone, which is recognised below.
 CONTAINERS = (
     "mov,matroska,avi,flv,asf,mpeg,mpegts,ogg,gif,rm,mxf,nut,dv,wtv,ivf,obu,m4v,mpegvideo,h264,hevc,yuv4mpegpipe,"
     "flac,mp3,wav,aac"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from narvid import InputError
 
-SHARED_MEMORY = Path("/dev/shm")  # a container has 64 MiB unless it is told otherwise
+SHARED_MEMORY = Path("/dev/shm")  # a container has 64 MiB unless its owner asked for more
 
 
 class PairSampler(Sampler):

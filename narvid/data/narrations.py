@@ -60,7 +60,7 @@ def load_narrations(path: str | Path, frame_times: Mapping[str, Sequence[float]]
         return parse_lines(path, text)
     captions_of = parse_published(path, text, form, frame_times or ())
     if form == "titles" or frame_times is None:
-        reason = "titles tell of whole videos, not of frames" if form == "titles" else "the published form has no times"
+        reason = "titles are of whole videos, not of frames" if form == "titles" else "the published form has no times"
         raise InputError(
             f"{path}: {reason}; convert it first with "
             f"`python -m narvid.narration convert {path} --frames DIR --out narrations.jsonl`"

@@ -25,7 +25,7 @@ from narvid.parsing import parse_json
 # A caption beside the wrong frame looks like any other, so the rule is printed wherever it is applied.
 ALIGNMENT = {
     "release": "as many captions as frames belong to all of them, fewer to as many evenly picked ones, in order",
-    "titles": "titles tell of the whole video, of no moment: frame j is given title j mod m of m, the best first, "
+    "titles": "titles are of the whole video, of no moment: frame j is given title j mod m of m, the best first, "
               "so the times of this narration mean nothing",
 }
 CAPTIONER = {"release": "unknown (published file)", "titles": "Cap4Video titles (of whole videos)"}
@@ -79,7 +79,7 @@ def assign(form: str, captions: Sequence[str], times: Sequence[float]) -> tuple[
     m, n = len(captions), len(times)
     if not m:
         return [], []
-    if form == "titles":  # no hole: an untitled frame would be masked, as if it had been seen and not told of
+    if form == "titles":  # no hole: an untitled frame would be masked, as if it had a picture and no sentence
         return [float(time) for time in times], [captions[j % m] for j in range(n)]
     if m > n:
         raise InputError(f"{m} captions for {n} extracted frames; extract frames at the rate they were made from")

@@ -35,13 +35,13 @@ def load_titles(paths: Sequence[str | Path], known: Container[str], max_titles: 
     titles: dict[str, list[str]] = {}
     for path in paths:
         text, form = read_form(path)
-        told = ({video: narration.sentences for video, narration in load_narrations(path).items()} if form == "ours"
-                else parse_published(path, text, form, known))
-        for video, sentences in told.items():
+        found = ({video: narration.sentences for video, narration in load_narrations(path).items()} if form == "ours"
+                 else parse_published(path, text, form, known))
+        for video, sentences in found.items():
             if video in titles:
                 raise InputError(f"{path}: {video} has titles in another of the files too; give only one of them")
             sentences = [sentence for sentence in sentences if sentence.strip()]
-            if form != "titles":  # told frame by frame: no best one, and neighbours often say the same
+            if form != "titles":  # sentences of frames: none is the best, and neighbours often say the same
                 sentences = list(dict.fromkeys(sentences))
                 sentences = [sentences[i] for i in pick_frames(len(sentences), max_titles)] if sentences else []
             titles[video] = sentences[:max_titles]

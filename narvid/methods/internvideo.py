@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, token: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
         """token (V, 1, C), frames (V, K, S, C), mask (V, K) -> token (V, 1, C)."""
-        # Only patches have a place to be told of; the class tokens stay what they are.
+        # Only patches have a place in the picture; the class tokens stay what they are.
         patches = frames[:, :, 1:].unflatten(2, self.grid).permute(0, 4, 1, 2, 3)  # (V, C, K, rows, columns)
         positions = self.dpe(patches).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (V, K, S - 1, C)
         keys = self.ln_3((frames + F.pad(positions, (0, 0, 1, 0))).flatten(1, 2))  # (V, K S, C)

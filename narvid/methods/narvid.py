@@ -37,8 +37,8 @@ class NarVid(Method, model.NarVid):
     max_frames = NarVidConfig.positions
     loss_flags = names_of(_add_loss_flags)
     frames_alone = ("On MSR-VTT the paper's model finds the right video first for 46.3 % of the queries by frames and "
-                    "for 51.0 % by frames and narration, on DiDeMo for 48.9 % and 53.0 % (Table 10); its frames had "
-                    "heard the narration through co-attention, which these have not")
+                    "for 51.0 % by frames and narration, on DiDeMo for 48.9 % and 53.0 % (Table 10); frames of "
+                    "the second kind were enhanced by the narration (co-attention), which these are not")
 
     @staticmethod
     def add_flags(group) -> None:

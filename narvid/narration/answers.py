@@ -1,7 +1,7 @@
 """What a captioner answered: a sentence, or why there is none. Text in, text out.
 
-Models think aloud, apologise, stop in the middle and leave tokens of their own in what they say. Here this is told
-apart, for captioners of every kind alike; a narration holds clean sentences of one line. English refusals only.
+Models think aloud, apologise, stop in the middle and leave tokens of their own in what they say. Here this is
+sorted out, for captioners of every kind alike; a narration holds clean sentences of one line. English refusals only.
 Not here: models and servers (captioners.py), where answers are kept (journals.py).
 """
 

@@ -219,7 +219,7 @@ def write_out(out: Path, known: Known, times: Mapping[str, list[float]]) -> Coun
     Returns how many of each: (kind of answers.KINDS, whether its text stands in OUT all the same) -> number.
     """
     order = [*times, *(video for video in known.answers if video not in times)]
-    told = [(video, sorted(texts.items())) for video in order if (texts := known.texts(video))]
+    with_sentence = [(video, sorted(texts.items())) for video in order if (texts := known.texts(video))]
     entries, counts = [], Counter()
     for video in times:
         for moment, (said, _, _) in sorted(known.answers.get(video, {}).items()):
@@ -233,5 +233,6 @@ def write_out(out: Path, known: Known, times: Mapping[str, list[float]]) -> Coun
     if entries:
         write_json_lines(failed_file(out), entries)
     maker = known.maker
-    write_narrations(out, ((video, Narration(*maker, *map(list, zip(*pairs, strict=True)))) for video, pairs in told))
+    write_narrations(out, ((video, Narration(*maker, *map(list, zip(*pairs, strict=True))))
+                           for video, pairs in with_sentence))
     return counts

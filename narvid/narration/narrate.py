@@ -245,8 +245,8 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
         shared = sum(len(job.shared) for job in jobs)
         mine = list(wanted)[shard.index :: shard.n]
         frames = sum(len(wanted[video]) for video in mine)
-        told = sum(times[video][index] in texts for video in mine if (texts := known.texts(video))
-                   for index in wanted[video])
+        with_sentence = sum(times[video][index] in texts for video in mine if (texts := known.texts(video))
+                            for index in wanted[video])
         if jobs:
             answers = check_sees(captioner, picture_pairs(jobs))
             maker = label(captioner, args)  # the check may have changed a parameter
@@ -255,7 +255,7 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
                 said = "the captioner refuses pictures that anybody may see; it will say so of every frame"
             print(f"{said}: {answers[0][:60]!r}, {answers[1][:60]!r}", flush=True)
         print(f"shard {shard.index + 1}/{shard.n}: {len(mine)} videos, {frames} frames; "
-              f"{told} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
+              f"{with_sentence} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
               f"({shared / max(len(jobs) + shared, 1):.1%}); {maker[0]}, {args.batch_size} at once", flush=True)
         start = time.monotonic()
         size, threads = (1, args.batch_size) if args.server else (args.batch_size, 1)

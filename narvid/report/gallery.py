@@ -214,10 +214,10 @@ def _shown_scores(measured: Measured, matrix: str) -> list[str]:
 def _of_source(measured: Measured, video: int, numbers: list[int]) -> dict:
     """Which tiles of the strip a run saw of a video, when, and with which sentences or titles (Cap4Video's)."""
     titles = measured.split.titles
-    told = measured.split.sentences if "narration" in METHODS[measured.args.method].reads(measured.args) else None
+    sentences = measured.split.sentences if "narration" in METHODS[measured.args.method].reads(measured.args) else None
     return {"tiles": [numbers.index(k) for k in measured.split.picks[video]],
             "times": [round(time, 2) for time in measured.times[video]],
-            "sentences": told and told[video], "titles": titles and titles[video][:TITLES]}
+            "sentences": sentences and sentences[video], "titles": titles and titles[video][:TITLES]}
 
 
 def _short(value: float) -> float:

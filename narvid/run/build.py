@@ -90,7 +90,7 @@ def _build_towers(args: argparse.Namespace, stored: dict, source: str | None, *,
                              f"({type(error).__name__}: {str(error)[:200]}); name another checkpoint") from error
     averaged = METHODS[args.method].averages_clip(args)
     if averaged and not (stored and args.clip_pretrained):
-        raise InputError(f"--method {args.method} is told to average a released --checkpoint with CLIP's weights: give "
+        raise InputError(f"--method {args.method} averages a released --checkpoint with CLIP's weights: give "
                          "both --checkpoint and --clip_pretrained")
     quick_gelu = True if stored else args.quick_gelu  # released checkpoints descend from OpenAI's weights
     pretrained = None if stored and not averaged else args.clip_pretrained

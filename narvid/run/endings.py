@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from narvid import InputError, distributed
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last is what Slurm is often told to send
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last is what Slurm is often set to send
 AGAIN = 1.0  # seconds: what comes sooner is the first signal once more, from the terminal and from torchrun
 
 
@@ -80,11 +80,11 @@ class Signals:
             self._at_once = False
 
 
-def _leave_at_the_second(wake: int, heard: set[int]) -> None:
+def _leave_at_the_second(wake: int, signals: set[int]) -> None:
     """In a thread of its own: the main one may wait for a process that never comes, where no handler runs."""
     first = None
     while number := os.read(wake, 1):
-        if number[0] in heard:
+        if number[0] in signals:
             first = first or time.monotonic()
             if time.monotonic() - first > AGAIN:
                 os._exit(128 + number[0])

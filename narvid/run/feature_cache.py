@@ -116,10 +116,10 @@ def _video_keys(split: Split) -> list[str]:
 def _wanted(splits: dict[str, Split], keys: dict[str, list[str]]) -> dict[str, dict]:
     """{kind: {key: what to encode}}, in an order that is the same on all ranks."""
     frames = {key: (split, video) for name, split in splits.items() for video, key in enumerate(keys[name])}
-    told = [texts for split in splits.values() for texts in split.titles or split.sentences or []]
+    of_videos = [texts for split in splits.values() for texts in split.titles or split.sentences or []]
     queries = splits["train"].queries if "train" in splits else []
     return {"frames": frames, "words": dict(zip(queries, queries)),
-            "eos": {text: text for texts in told for text in texts if text is not None}}
+            "eos": {text: text for texts in of_videos for text in texts if text is not None}}
 
 
 def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding: Encoding) -> str | None:

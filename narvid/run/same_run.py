@@ -45,9 +45,9 @@ def check_settings(folder: str | Path, before: dict, args: argparse.Namespace) -
     differ = [name for name in sorted(then.keys() | now.keys())
               if name not in skip and then.get(name) != now.get(name)]
     if differ:
-        told = ", ".join(f"--{name} {then.get(name)} there, {now.get(name, 'no such flag')} here"
-                         for name in differ[:4])
-        raise InputError(f"--output_dir {folder}: holds another run ({told}); continue a run with its own flags")
+        changes = ", ".join(f"--{name} {then.get(name)} there, {now.get(name, 'no such flag')} here"
+                            for name in differ[:4])
+        raise InputError(f"--output_dir {folder}: holds another run ({changes}); continue a run with its own flags")
 
 
 def identity_of(args: argparse.Namespace, splits: dict[str, Split], world: World) -> dict:
@@ -110,10 +110,12 @@ def check(folder: Path, state: dict, identity: dict, args: argparse.Namespace) -
     then, now = before["data"] | before["start"], identity["data"] | identity["start"]
     differ = [name for name in then | now if then.get(name) != now.get(name)]
     if differ:
-        told = ", ".join(f"{name} {then.get(name)} there, {now.get(name)} here" for name in differ[:4])
-        raise InputError(f"--output_dir {folder}: its run read something else ({told}); continue it with what it began "
-                         "with, or choose a new folder")
+        changes = ", ".join(f"{name} {then.get(name)} there, {now.get(name)} here" for name in differ[:4])
+        raise InputError(f"--output_dir {folder}: its run read something else ({changes}); continue it with what it "
+                         "began with, or choose a new folder")
     then, now = before["machine"], identity["machine"]
-    told = ", ".join(f"{name} {then.get(name)} before, {now[name]} now" for name in now if then.get(name) != now[name])
+    changes = ", ".join(f"{name} {then.get(name)} before, {now[name]} now"
+                        for name in now if then.get(name) != now[name])
     said = [f"{', '.join(gone)}: no longer there, and not needed: last.pt has the weights"] if gone else []
-    return said + ([f"goes on with {told}: the last digits may differ from those of an unbroken run"] if told else [])
+    return said + ([f"goes on with {changes}: the last digits may differ from those of an unbroken run"]
+                   if changes else [])

@@ -1,4 +1,4 @@
-"""What a run is told: the one place where flags are declared, and what presets and checkpoints add to them.
+"""The settings of a run: the one place where flags are declared, and what presets and checkpoints add to them.
 
 A preset and a checkpoint are turned into argv that stands before the user's own, so that argparse checks all alike.
 A method declares its own flags in its file. Not here: building anything (build.py).

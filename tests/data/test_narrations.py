@@ -284,7 +284,7 @@ def test_a_release_of_ten_thousand_videos_loads_in_seconds(tmp_path):
 # ---- Cap4Video's titles ----
 
 TITLES = {"video1": ["best", "next"], "video2": ["one"], "video3": []}
-# The forms, told from the keys that Cap4Video's data loaders read.
+# The forms, recognised by the keys that Cap4Video's data loaders read.
 OF_CORPUS = {
     "MSR-VTT, train": {
         "videos": [{"video_id": "video1"}],

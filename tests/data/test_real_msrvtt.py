@@ -54,8 +54,8 @@ def narrate(data: Path) -> None:
     asked = {entry["video"]: entry["query"] for entry in read_lines(data / "test.jsonl")}
     with open(data / "narrations.jsonl", "w", encoding="utf-8") as f:
         for entry in read_lines(data / "frames" / "index.jsonl"):
-            told = [c for c in captions[entry["video"]] if c.strip() != asked.get(entry["video"])]
-            sentences = [{"time": t, "text": told[i % len(told)]} for i, t in enumerate(entry["times"])]
+            others = [c for c in captions[entry["video"]] if c.strip() != asked.get(entry["video"])]
+            sentences = [{"time": t, "text": others[i % len(others)]} for i, t in enumerate(entry["times"])]
             line = {"video": entry["video"], "captioner": "people", "prompt": "", "sentences": sentences}
             f.write(json.dumps(line) + "\n")
 

@@ -302,9 +302,9 @@ def test_titles_come_from_several_files_and_from_narrations(tmp_path, corpus):
     with pytest.raises(InputError, match="2.json: b.c has titles in another of the files too"):
         load_titles([second, second], known, 3)
 
-    told = load_narrations(corpus / "narrations.jsonl")
-    got = load_titles([corpus / "narrations.jsonl"], told, max_titles=2)
-    for video, narration in told.items():
+    narrations = load_narrations(corpus / "narrations.jsonl")
+    got = load_titles([corpus / "narrations.jsonl"], narrations, max_titles=2)
+    for video, narration in narrations.items():
         distinct = list(dict.fromkeys(s for s in narration.sentences if s.strip()))
         assert got[video] == ([distinct[0], distinct[-1]] if len(distinct) > 2 else distinct)
 

@@ -54,8 +54,8 @@ def test_both_views_are_cosines_of_means(model):
             pooled = slow.mean_pool(frames[v], MASK[v])
             assert got["video"][b, v].item() == pytest.approx(cosine(eos[b], pooled), abs=1e-12)
             if NARRATED[v].any():
-                told = slow.mean_pool(sentences[SENTENCE_OF_FRAME[v]], NARRATED[v])
-                assert got["narration"][b, v].item() == pytest.approx(cosine(eos[b], told), abs=1e-12)
+                sentence = slow.mean_pool(sentences[SENTENCE_OF_FRAME[v]], NARRATED[v])
+                assert got["narration"][b, v].item() == pytest.approx(cosine(eos[b], sentence), abs=1e-12)
     assert (got["narration"][:, 3] == 0).all()  # no sentence, no opinion
 
 

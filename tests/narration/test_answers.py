@@ -12,7 +12,7 @@ from narvid.narration.answers import Cut, Failed, in_a_row, is_refusal, kind_of,
 REAL = Path(os.environ.get("NARVID_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "real"))
 
 
-def told(text, cut=False):
+def cleaned(text, cut=False):
     return sentence(text, cut=cut, limit=77)
 
 
@@ -39,9 +39,9 @@ def told(text, cut=False):
     ("一只红色的猫", "一只红色的猫"),
 ])
 def test_what_is_kept_of_an_answer(text, expected):
-    assert told(text) == expected
-    assert type(told(text)) is str and kind_of(told(text)) == ""
-    assert type(told(text, cut=True)) is Cut and told(text, cut=True) == expected
+    assert cleaned(text) == expected
+    assert type(cleaned(text)) is str and kind_of(cleaned(text)) == ""
+    assert type(cleaned(text, cut=True)) is Cut and cleaned(text, cut=True) == expected
     tokens = tokenize([expected], 1000)[0][0].tolist()
     assert tokens.count(49406) == tokens.count(49407) == 1  # one start, one end
 
@@ -60,7 +60,7 @@ def test_what_is_kept_of_an_answer(text, expected):
     ("", True, "cut", "--max_new_tokens"),
 ])
 def test_what_is_no_sentence(text, cut, kind, words):
-    answer = told(text, cut)
+    answer = cleaned(text, cut)
     assert isinstance(answer, Failed) and answer.kind == kind_of(answer) == kind and words in answer.why
 
 

@@ -16,7 +16,7 @@ from test_narrate import (  # noqa: F401 (alone: a fixture of every test)
     run,
     sentence_of,
     sentences,
-    told,
+    expected_of,
 )
 
 from narvid import InputError
@@ -52,7 +52,7 @@ POLICY = refusal("The picture was refused by the safety system.", code="content_
 
 def answers(server, frames, of):
     """The server answers what `of` says for a frame's (video, index), and else the sentence of the picture."""
-    place = {text: (video, index) for video, texts in told(frames, all_of(frames)).items()
+    place = {text: (video, index) for video, texts in expected_of(frames, all_of(frames)).items()
              for index, text in enumerate(texts)}
     server.answer = lambda picture: of.get(place.get(sentence_of(picture))) or chat(sentence_of(picture))
 
@@ -80,7 +80,7 @@ def test_refused_pictures_are_holes_and_end_nothing(tmp_path, server, capsys):
     assert [(line["video"], line["kind"]) for line in failed] == [(video, "refused") for video, _ in bad]
     assert "refused by the safety system" in failed[0]["why"]
     assert "14 frames have none (14 refused)" in capsys.readouterr().out
-    expected, times = told(frames, {"a": 16, "b": 4}), load_frame_index(frames)
+    expected, times = expected_of(frames, {"a": 16, "b": 4}), load_frame_index(frames)
     for video, narrated in load_narrations(out).items():
         texts = [None if (video, index) in bad else text for index, text in enumerate(expected[video])]
         assert join(narrated, times[video], times[video], video=video, path=out) == texts
@@ -127,7 +127,7 @@ def test_no_secret_and_no_odd_character_of_a_server_s_message_is_stored(frames, 
     assert [line["kind"] for line in read_lines(tmp_path / "n.failed.jsonl")] == ["failed", "refused"]
     answers(server, frames, {})
     run(frames, out, server)
-    assert sentences(out) == told(frames, VIDEOS)
+    assert sentences(out) == expected_of(frames, VIDEOS)
 
 
 # ---- what a server wraps around a sentence ----
@@ -154,7 +154,7 @@ def test_an_error_with_status_200_is_told(frames, tmp_path, server, error):
 def test_the_sentence_alone_is_kept(tmp_path, frames, server, answer):
     server.answer = lambda picture: answer(sentence_of(picture))
     run(frames, tmp_path / "n.jsonl", server)
-    assert sentences(tmp_path / "n.jsonl") == told(frames, VIDEOS) and not (tmp_path / "n.failed.jsonl").exists()
+    assert sentences(tmp_path / "n.jsonl") == expected_of(frames, VIDEOS) and not (tmp_path / "n.failed.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", [[{"type": "text"}], [7], [{"type": "text", "text": 7}], {"a": 1}, 7, []])
@@ -184,7 +184,7 @@ def test_every_kind_is_counted_and_listed(frames, tmp_path, server, capsys):
               for line in read_lines(tmp_path / "n.failed.jsonl")]
     assert failed == [("a", 0.0, "refused", APOLOGY), ("a", 1.001, "empty", None), ("a", 2.002, "cut", None),
                       ("b", 0.0, "cut", "A man stands in"), ("b", 1.001, "failed", None)]
-    expected = told(frames, VIDEOS)
+    expected = expected_of(frames, VIDEOS)
     assert sentences(out) == {"a": [APOLOGY, expected["a"][3]], "b": ["A man stands in", expected["b"][2]]}
 
 
@@ -199,7 +199,7 @@ def test_check_counts_refusals_and_leaves_them_out_on_request(frames, tmp_path, 
     problems = {(line["video"], line["kind"]): line["what"] for line in read_lines(tmp_path / "problems.jsonl")}
     assert problems["a", "refused"] == f'2 of 4 sentences, such as "{APOLOGY}"'
     assert problems["b", "empty"] == problems["b", "refused"] == f'all 3 sentences, such as "{APOLOGY}"'
-    expected = told(frames, VIDEOS)["a"]
+    expected = expected_of(frames, VIDEOS)["a"]
     assert sentences(clean) == {"a": [expected[1], expected[3]], "b": []}
     assert load_narrations(clean)["a"].times == [1.001, 3.003]
     for wrong in (["--drop", "refused"], ["--out", clean], ["--drop", "empty", "--out", clean]):
@@ -222,19 +222,19 @@ def test_what_is_asked_again(frames, tmp_path, server, again, left):
     server.asked.clear()
     run(frames, out, server, *again)
     assert [line["kind"] for line in read_lines(tmp_path / "n.failed.jsonl")] == left
-    asked = set(server.asked) & {text for texts in told(frames, VIDEOS).values() for text in texts}
+    asked = set(server.asked) & {text for texts in expected_of(frames, VIDEOS).values() for text in texts}
     assert len(asked) == 5 - len(left)
     run(frames, out, server)
     run(frames, out, server, "--again", "refused,cut")
-    assert sentences(out) == told(frames, VIDEOS) and not (tmp_path / "n.failed.jsonl").exists()
+    assert sentences(out) == expected_of(frames, VIDEOS) and not (tmp_path / "n.failed.jsonl").exists()
     out.unlink()
     run(frames, out, server, "--merge")  # the journals alone know which answer counts
-    assert sentences(out) == told(frames, VIDEOS)
+    assert sentences(out) == expected_of(frames, VIDEOS)
 
 
 def test_asking_again_loses_nothing(frames, tmp_path, server):
     """A sentence that was cut, an apology: the second answer is worse, the run dies, the shards are others."""
-    out, expected = tmp_path / "n.jsonl", told(frames, VIDEOS)
+    out, expected = tmp_path / "n.jsonl", expected_of(frames, VIDEOS)
     answers(server, frames, MIXED)
     run(frames, out, server)
     before = sentences(out)
@@ -264,7 +264,7 @@ def test_a_sampled_frame_is_asked_again_with_other_random_numbers_and_after_a_fa
     def sentence_of_body(body):
         return sentence_of(base64.b64decode(body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]))
 
-    expected = told(frames, VIDEOS)
+    expected = expected_of(frames, VIDEOS)
     answers(server, frames, MIXED)
     run(frames, tmp_path / "n.jsonl", server, "--sample")
     first = seeds()
@@ -318,7 +318,7 @@ def test_a_parameter_is_changed_once_said_and_recorded(frames, tmp_path, server,
     assert server.asked.total() == 4 + 2 + len(refused)
     server.bodies.clear()
     run(frames, out, server, *more)  # knows it from the journal
-    assert "does not take" not in capsys.readouterr().out and sentences(out) == told(frames, VIDEOS)
+    assert "does not take" not in capsys.readouterr().out and sentences(out) == expected_of(frames, VIDEOS)
     assert all(server.refuse(body) is None for _, _, body in server.bodies) and len(server.bodies) == 3 + 2
     assert {narrated.captioner for narrated in load_narrations(out).values()} == {label}
     if "max_tokens" in refused:

@@ -68,7 +68,7 @@ def sentence_of(picture: bytes) -> str:
     return f"picture {zlib.crc32(picture)}"
 
 
-def told(frames: Path, videos=VIDEOS) -> dict[str, list[str]]:
+def expected_of(frames: Path, videos=VIDEOS) -> dict[str, list[str]]:
     return {video: [sentence_of(frame_path(frames, video, index).read_bytes()) for index in range(n)]
             for video, n in videos.items()}
 
@@ -166,7 +166,7 @@ def error(frames, out, server, *more) -> str:
 
 def asked_for_narration(server, frames) -> Counter:
     """Requests a frame, without the two or more of the check before a run."""
-    expected = {text for texts in told(frames).values() for text in texts}
+    expected = {text for texts in expected_of(frames).values() for text in texts}
     return Counter({text: n for text, n in server.asked.items() if text in expected})
 
 
@@ -176,7 +176,7 @@ def asked_for_narration(server, frames) -> Counter:
 def test_every_frame_gets_its_own_sentence(frames, tmp_path, server, capsys):
     out = tmp_path / "new" / "narrations.jsonl"
     run(frames, out, server, "--prompt", "B")
-    assert sentences(out) == told(frames)
+    assert sentences(out) == expected_of(frames)
     assert list(load_narrations(out)) == list(VIDEOS)  # the frame index's order
     narration = load_narrations(out)["a"]
     assert narration.captioner == "m server greedy max_new_tokens=77 same_frame=5"
@@ -189,7 +189,7 @@ def test_every_frame_gets_its_own_sentence(frames, tmp_path, server, capsys):
     assert body["messages"][0]["content"][1]["text"] == narration.prompt
     before = server.asked.total()
     run(frames, out, server, "--prompt", "B")
-    assert server.asked.total() == before and sentences(out) == told(frames)
+    assert server.asked.total() == before and sentences(out) == expected_of(frames)
     assert sorted(p.name for p in tmp_path.rglob("*.jsonl")) == ["1-of-1.jsonl", "narrations.jsonl"]
 
 
@@ -214,17 +214,17 @@ def test_new_videos_are_added_and_the_others_kept(tmp_path, server):
     for part in (tmp_path / "n.jsonl.parts").iterdir():
         part.unlink()  # OUT alone is enough
     run(frames, out, server)
-    assert sentences(out) == told(frames, {"a": 3, "b": 2, "c": 2})
-    assert all(server.asked[text] == first[text] for text in told(frames, {"a": 3, "b": 2})["a"])
+    assert sentences(out) == expected_of(frames, {"a": 3, "b": 2, "c": 2})
+    assert all(server.asked[text] == first[text] for text in expected_of(frames, {"a": 3, "b": 2})["a"])
 
 
 def test_only_listed_videos_and_picked_frames(frames, tmp_path, server, capsys):
     (tmp_path / "test.jsonl").write_text('{"video": "d", "query": "x"}\n{"video": "zz", "query": "x"}\n')
     run(frames, tmp_path / "n.jsonl", server, "--list", tmp_path / "test.jsonl", "--max_frames", 4)
-    assert sentences(tmp_path / "n.jsonl") == {"d": [told(frames)["d"][index] for index in pick_frames(6, 4)]}
+    assert sentences(tmp_path / "n.jsonl") == {"d": [expected_of(frames)["d"][index] for index in pick_frames(6, 4)]}
     assert "1 listed videos have no frames" in capsys.readouterr().out
     run(frames, tmp_path / "n.jsonl", server, "--list", tmp_path / "test.jsonl")  # the frames between are added
-    assert sentences(tmp_path / "n.jsonl") == {"d": told(frames)["d"]}
+    assert sentences(tmp_path / "n.jsonl") == {"d": expected_of(frames)["d"]}
     assert set(asked_for_narration(server, frames).values()) <= {1, 2, 3}
 
 
@@ -248,7 +248,7 @@ def test_the_script_runs_it(frames, tmp_path, server):
     done = subprocess.run(list(map(str, command)), text=True, capture_output=True, check=False,
                           env=os.environ | {"NARVID_PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sentences(tmp_path / "n.jsonl") == told(frames)
+    assert sentences(tmp_path / "n.jsonl") == expected_of(frames)
 
 
 # ---- near-identical frames ----
@@ -357,7 +357,7 @@ def test_the_number_of_shards_may_change(frames, tmp_path, server):
     second = read_lines(tmp_path / "n.jsonl.parts" / "1-of-1.jsonl")
     captioned = Counter((entry["video"], entry["time"]) for entry in first + second)
     assert len(first) == 9 and len(captioned) == 23 and set(captioned.values()) == {1}
-    assert sentences(out) == told(frames)
+    assert sentences(out) == expected_of(frames)
 
 
 def test_a_shard_that_runs_is_not_started_again(frames, tmp_path, server):
@@ -383,7 +383,7 @@ GARBAGE = {
 
 
 def test_garbage_is_a_failure_and_never_a_sentence(frames, tmp_path, server, capsys):
-    out, expected = tmp_path / "n.jsonl", told(frames)
+    out, expected = tmp_path / "n.jsonl", expected_of(frames)
     places = [("a", 1), ("a", 3), ("a", 5), ("b", 0), ("b", 2), ("b", 4), ("d", 1), ("d", 3), ("d", 5), ("e", 1)]
     bad = dict(zip((expected[video][index] for video, index in places), GARBAGE.values(), strict=True))
     server.answer = lambda picture: bad.get(sentence_of(picture)) or chat(sentence_of(picture))
@@ -398,7 +398,7 @@ def test_garbage_is_a_failure_and_never_a_sentence(frames, tmp_path, server, cap
     assert "10 frames have none" in capsys.readouterr().out
     server.answer = lambda picture: chat(sentence_of(picture))
     run(frames, out, server)
-    assert sentences(out) == told(frames) and not (tmp_path / "n.failed.jsonl").exists()
+    assert sentences(out) == expected_of(frames) and not (tmp_path / "n.failed.jsonl").exists()
 
 
 def test_a_busy_server_is_asked_again(frames, tmp_path, server):
@@ -411,11 +411,11 @@ def test_a_busy_server_is_asked_again(frames, tmp_path, server):
 
     server.answer = busy
     run(frames, tmp_path / "n.jsonl", server, "--retries", 2)
-    assert sentences(tmp_path / "n.jsonl") == told(frames)
+    assert sentences(tmp_path / "n.jsonl") == expected_of(frames)
 
 
 def test_a_request_that_stalls_fails_alone(frames, tmp_path, server):
-    bad = told(frames)["b"][0]
+    bad = expected_of(frames)["b"][0]
 
     def stall(picture):
         if sentence_of(picture) == bad:
@@ -452,7 +452,7 @@ def test_a_server_that_dies_half_way_stops_the_run_and_costs_nothing(frames, tmp
     server.answer = lambda picture: chat(sentence_of(picture))
     server.asked.clear()
     run(frames, out, server)
-    assert sentences(out) == told(frames) and not (tmp_path / "n.failed.jsonl").exists()
+    assert sentences(out) == expected_of(frames) and not (tmp_path / "n.failed.jsonl").exists()
     assert not set(server.asked) & {entry["text"] for entry in kept}
 
 
@@ -465,7 +465,7 @@ def test_a_server_that_does_not_see_is_found_out(frames, tmp_path, server):
 
 
 def test_videos_that_look_alike_do_not_condemn_a_captioner(frames, tmp_path, server):
-    ours = {text for texts in told(frames).values() for text in texts}
+    ours = {text for texts in expected_of(frames).values() for text in texts}
     server.answer = lambda picture: chat("a man" if sentence_of(picture) in ours else sentence_of(picture))
     run(frames, tmp_path / "n.jsonl", server)
     assert sentences(tmp_path / "n.jsonl")["c"] == ["a man"]
@@ -493,7 +493,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(frames, tmp_path, server):
         f.write('{"video": "e", "time": 3.0')  # as a kill in the middle of a line leaves it
     server.asked.clear()
     run(frames, out, server)
-    assert sentences(out) == told(frames)
+    assert sentences(out) == expected_of(frames)
     entries = read_lines(journal)
     assert entries[: len(kept)] == kept and len(entries) == 23
     assert len({(entry["video"], entry["time"]) for entry in entries}) == 23
@@ -578,7 +578,7 @@ def test_without_the_library_it_says_what_to_install(frames, tmp_path, server, m
 
 
 def test_shared_sentences_are_those_of_the_captioned_frames(tmp_path, capsys):
-    """Two stills of three frames each, then a frame of its own: two sentences are told three times."""
+    """Two stills of three frames each, then a frame of its own: two sentences are given three times."""
     from scripts import share_sentences
 
     frames = tmp_path / "frames"
@@ -587,12 +587,13 @@ def test_shared_sentences_are_those_of_the_captioned_frames(tmp_path, capsys):
         Image.new("L", (32, 32), grey).save(frames / "v" / f"{index:05d}.jpg")
     times = [float(second) for second in range(7)]
     (frames / "index.jsonl").write_text(json.dumps({"video": "v", "times": times}) + "\n")
-    told = Narration("c", "p", times[:6], list("abcdef"))  # the last frame has no sentence
-    write_narrations(tmp_path / "told.jsonl", [("v", told)])
+    narration = Narration("c", "p", times[:6], list("abcdef"))  # the last frame has no sentence
+    write_narrations(tmp_path / "sentences.jsonl", [("v", narration)])
     share_sentences.main(["--frames", str(frames), "--same_frame", "0", "5"])
     assert "4 of 7 frames share a sentence, 57.1% saved" in capsys.readouterr().out
-    share_sentences.main(["--frames", str(frames), "--same_frame", "5", "--narrations", str(tmp_path / "told.jsonl"),
+    share_sentences.main(["--frames", str(frames), "--same_frame", "5",
+                          "--narrations", str(tmp_path / "sentences.jsonl"),
                           "--out", str(tmp_path / "shared.jsonl")])
-    assert load_narrations(tmp_path / "shared.jsonl") == {"v": told._replace(sentences=list("aaaddd"))}
+    assert load_narrations(tmp_path / "shared.jsonl") == {"v": narration._replace(sentences=list("aaaddd"))}
     with pytest.raises(SystemExit, match="go together"):
         share_sentences.main(["--frames", str(frames), "--same_frame", "5", "--out", "x"])

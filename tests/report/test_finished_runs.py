@@ -1,4 +1,4 @@
-"""narvid/report/runs.py: what a broken run directory is told, whichever file and value is broken."""
+"""narvid/report/runs.py: one sentence for a broken run directory, whichever file and value is broken."""
 
 import json
 import shutil

@@ -116,9 +116,9 @@ def test_frames_times_and_sentences_of_a_video_belong_together(gallery):
     videos = {video["id"]: video for video in page_data(page)["videos"].values()}
     narrations = {x["video"]: x for x in map(json.loads, (folder / "narrations.jsonl").read_text().splitlines())}
     for name, video in videos.items():
-        source, told = video["sources"][0], {x["time"]: x["text"] for x in narrations[name]["sentences"]}
+        source, of_time = video["sources"][0], {x["time"]: x["text"] for x in narrations[name]["sentences"]}
         assert source["times"] == [float(video["frames"][tile]) for tile in source["tiles"]]  # one frame a second
-        assert source["sentences"] == [told.get(t) if told.get(t, "").strip() else None for t in source["times"]]
+        assert source["sentences"] == [of_time.get(t) if of_time.get(t, "").strip() else None for t in source["times"]]
         strip = Image.open(page / video["strip"])
         assert strip.size == (make_gallery.TILE * len(video["frames"]), make_gallery.TILE)
         for tile, number in enumerate(video["frames"]):

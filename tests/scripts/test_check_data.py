@@ -119,11 +119,11 @@ def test_a_baseline_asks_for_what_it_reads(data, tmp_path, capsys):
 
 def test_the_preset_says_where_frames_and_narrations_lie(data, tmp_path, capsys):
     (data / "frames").rename(tmp_path / "elsewhere")
-    (data / "narrations.jsonl").rename(tmp_path / "told.jsonl")
+    (data / "narrations.jsonl").rename(tmp_path / "sentences.jsonl")
     preset = tmp_path / "mine.yaml"
-    preset.write_text(f"data_dir: {data}\nframes: {tmp_path}/elsewhere\nnarrations: {tmp_path}/told.jsonl\n")
+    preset.write_text(f"data_dir: {data}\nframes: {tmp_path}/elsewhere\nnarrations: {tmp_path}/sentences.jsonl\n")
     code, lines = screen(capsys, preset)
-    assert code == 0 and "elsewhere" in lines[1] and "told.jsonl" in lines[2]
+    assert code == 0 and "elsewhere" in lines[1] and "sentences.jsonl" in lines[2]
 
 
 def test_annotations_changed_after_preparing_are_noticed(data, capsys):
