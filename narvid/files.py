@@ -33,8 +33,15 @@ from narvid.parsing import ADVICE, parse_csv, parse_json, parse_yaml
 
 def read_bytes(path: str | Path, *, advice: str = ADVICE) -> bytes:
     """The whole file; InputError where it cannot be read. `advice`: what the reader of the sentence can do about it."""
+    return b"".join(read_parts(path, size=-1, advice=advice))
+
+
+def read_parts(path: str | Path, *, size: int = 2**24, advice: str = ADVICE) -> Iterator[bytes]:
+    """The file in parts of `size` bytes, for weights that memory need not hold; InputError where it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            while part := file.read(size):
+                yield part
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, not a file; {advice}") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the path

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -41,6 +40,7 @@ from narvid import InputError
 from narvid.data.datasets import FrameDataset, Split, collate, tokenize
 from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
+from narvid.files import write_json_lines
 from narvid.flags import command, count, positive
 from narvid.data.frames import frame_paths, load_frame_index, read_frames
 from narvid.data.narrations import load_narrations
@@ -195,7 +195,7 @@ def make_corpus(folder: Path, videos: int) -> None:
         split, number = ("test", 1) if v % 10 == 9 else ("train", 20)
         pairs[split] += [{"video": video, "query": f"person {q} does something with {v} things"} for q in range(number)]
     for name, entries in (("frames/index", index), ("narrations", narrations), *pairs.items()):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        write_json_lines(folder / f"{name}.jsonl", entries)
 
 
 def bench_startup(corpus: Path, size: int, workers: int, sampling: str, *, cold: bool) -> None:

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import open_clip
 import torch
-import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from narvid.towers import ClipConfig, build_towers, encode_frames, encode_text
 from narvid.run import optim
+from narvid.files import read_yaml
 from narvid.flags import Parser, command, positive_float, share
 from narvid.model import NarVid, NarVidConfig
 
@@ -179,7 +179,7 @@ def each(rates: list[float], cell: Callable[[float], str]) -> str:
 
 
 def preset(name: str) -> dict:
-    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return read_yaml(ROOT / "configs" / f"{name}.yaml")
 
 
 def traffic_table(rates: list[float]) -> str:

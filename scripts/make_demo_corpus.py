@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from narvid import InputError
-from narvid.files import read_csv, read_json, read_json_lines, replace, write_csv, write_json, write_json_lines
+from narvid.files import lock, read_csv, read_json, read_json_lines, write_csv, write_json, write_json_lines, writing
 from narvid.flags import Parser, command, count, share
 from narvid.progress import tqdm
 
@@ -267,16 +267,14 @@ def render(seed: int, number: int, events: list[dict]) -> np.ndarray:
 
 
 def encode(frames: np.ndarray, path: Path) -> None:
-    """Write frames (n, SIDE, SIDE, 3) uint8 RGB as H.264 mp4, under a temporary name first."""
-    unfinished = path.with_suffix(".tmp")
-    with av.open(str(unfinished), "w", format="mp4") as container:
+    """Write frames (n, SIDE, SIDE, 3) uint8 RGB as H.264 mp4."""
+    with writing(path, binary=True) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "21"})
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = SIDE, SIDE, "yuv420p", FPS
         stream.codec_context.thread_count = 1  # the same bytes on every machine; the workers fill the cores
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode())
-    replace(unfinished, path)
 
 
 def make_video(number: int, *, seed: int, folder: Path) -> None:
@@ -341,19 +339,19 @@ def make_videos(args: argparse.Namespace) -> None:
     if settings.is_file() and (found := read_json(settings)) != wanted:
         raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: give another --out, or delete it")
     folder, total = args.out / "videos", args.train + args.val + args.test
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, wanted)
     mentions = write_annotations(args.out, seed=args.seed, train=args.train, val=args.val, test=args.test)
     missing = [number for number in range(total) if not (folder / f"video{number}.mp4").is_file()]
     work, workers = partial(make_video, seed=args.seed, folder=folder), min(args.workers, math.ceil(len(missing) / 8))
     bar = partial(tqdm, total=len(missing), desc="videos", unit="video")
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for _ in bar(pool.imap_unordered(work, missing, 8)):
-                pass
-    else:
-        for number in bar(missing):
-            work(number)
+    with lock(folder):  # what a killed run left half written goes
+        if workers > 1:
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                for _ in bar(pool.imap_unordered(work, missing, 8)):
+                    pass
+        else:
+            for number in bar(missing):
+                work(number)
     truth = [make_truth(args.seed, number) for number in range(total - args.test, total)]
     counts = f"{args.train} training, {args.val} validation, {args.test} test videos"
     print(f"{args.out}: {counts}; {len(missing)} of them new")

@@ -116,10 +116,10 @@ def test_what_no_text_can_be_read_from(tmp_path, reader, monkeypatch):
     assert "file:2: not UTF-8 text (byte 4 " in refusal(read, written(tmp_path, b"a,b\n\xff\xfe,\n"))
     assert "file:2: holds a NUL" in refusal(read, written(tmp_path, b"a,b\n\0,\n"))
 
-    def refuse(path):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     assert "cannot be read (Permission denied)" in refusal(read, tmp_path / "file")
 
 
@@ -180,6 +180,14 @@ def test_links_are_followed_and_a_real_folder_is_visited_once(tmp_path):
     found = dict(files.walk(tmp_path / "a"))
     assert found == {str(tmp_path / "a"): ["1"], str(tmp_path / "a/b"): ["2"], str(tmp_path / "a/b/out"): ["3"]}
     assert files.list_folder(tmp_path / "a") == [".hidden", "1", "b", "self"]
+
+
+def test_a_large_file_comes_in_parts(tmp_path):
+    path = written(tmp_path, b"0123456789")
+    assert list(files.read_parts(path, size=4)) == [b"0123", b"4567", b"89"]
+    assert list(files.read_parts(written(tmp_path, b""))) == [] and files.read_bytes(path) == b""
+    assert "cannot be read (No such file or directory); get it" in refusal(
+        lambda path: list(files.read_parts(path, advice="get it")), tmp_path / "x")
 
 
 # ---- writing ----

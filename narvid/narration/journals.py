@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from narvid import InputError
-from narvid.files import appending, lock, read_json_lines, write_json_lines
+from narvid.files import appending, lock, read_json_lines, remove, write_json_lines
 from narvid.narration.answers import KINDS, Cut, Failed, is_refusal, kind_of
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 
@@ -229,7 +229,7 @@ def write_out(out: Path, known: Known, times: Mapping[str, list[float]]) -> Coun
                 entry = {"video": video, "time": moment, "kind": kind}
                 entry |= {"why": said.why} if failed else {"why": KINDS[kind], "text": said}
                 entries.append(entry)
-    failed_file(out).unlink(missing_ok=True)
+    remove(failed_file(out))
     if entries:
         write_json_lines(failed_file(out), entries)
     maker = known.maker

@@ -24,24 +24,13 @@ from typing import NamedTuple, TextIO
 
 from narvid import InputError
 from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames, read_list
+from narvid.files import read_bytes
 from narvid.flags import Parser, count, number, positive, positive_float
 from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal, kind_of
 from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
-from narvid.narration.journals import (
-    Answer,
-    Known,
-    Shard,
-    append,
-    check_times,
-    failed_file,
-    made_by,
-    my_shard,
-    one_at_a_time,
-    open_journal,
-    read_known,
-    write_out,
-)
+from narvid.narration.journals import (Answer, Known, Shard, append, check_times, failed_file, made_by, my_shard,
+                                       one_at_a_time, open_journal, read_known, write_out)
 from narvid.narration.pictures import SAME_FRAME, check_sees, distance, distinct_frames, made_pictures, thumbnail
 from narvid.progress import tqdm
 
@@ -150,7 +139,7 @@ def caption_batch(captioner: Captioner, batch: Sequence[Job]) -> list[str | Fail
 def read_picture(path: Path) -> bytes:
     """A frame's file, checked to be a whole jpg."""
     check_jpg(path)
-    return path.read_bytes()
+    return read_bytes(path)
 
 
 def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:

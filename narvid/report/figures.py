@@ -164,7 +164,7 @@ def load_similarity(run: Run) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in ("S_qv", "S_qn", "video_of_query") if name in stored}
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # zip, zlib and numpy each raise their own
         raise InputError(f"{path}: cannot be read ({type(error).__name__}); delete it and evaluate again") from error
     return arrays if len(arrays) == 3 else None
 
@@ -256,7 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in args.run or () if name not in names]:
         raise InputError(f"--run {unknown[0]}: {args.runs} has {', '.join(names)}")
     plt = pyplot()
-    args.out.mkdir(parents=True, exist_ok=True)
     draw_comparisons(plt, runs, args.out)
     for run in runs:
         if args.run is None or run.name in args.run:

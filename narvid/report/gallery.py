@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from narvid import InputError, distributed
-from narvid.files import read_text, write_text, writing
+from narvid.files import list_folder, read_text, write_text, writing
 from narvid.data.datasets import Split, tokenize
 from narvid.evaluation import Encoding, encode_videos, score_queries
 from narvid.flags import Parser, as_argv, positive
@@ -245,7 +245,7 @@ def make_page(data: dict) -> str:
 
 def check_out(out: Path) -> None:
     """Refuse a folder that holds something else than a gallery."""
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"index.html", "pictures"}):
+    if out.exists() and (not out.is_dir() or {*list_folder(out)} - {"index.html", "pictures"}):
         raise InputError(f"--out {out}: holds something else than a gallery; choose an empty or a new folder")
 
 

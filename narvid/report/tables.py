@@ -339,9 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="?", help="folder with run directories one or two levels below [runs]")
     args = parser.parse_args(argv)
     folder = args.runs or ROOT / "runs"
-    if args.runs is None:
-        folder.mkdir(exist_ok=True)
-    elif not folder.is_dir():
+    if args.runs and not folder.is_dir():
         raise InputError(f"{folder}: is no folder; name the one that holds the run directories")
     tables, rows = read_published()
     runs, said = read_runs(folder)

@@ -6,16 +6,16 @@ is saved then (main_task_retrieval.py).
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from narvid import InputError, distributed
+from narvid.files import write_json
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last is what Slurm is often set to send
 AGAIN = 1.0  # seconds: what comes sooner is the first signal once more, from the terminal and from torchrun
@@ -136,8 +136,8 @@ def in_one_sentence() -> Iterator[None]:
 def _leave(sentence: str, code: int, *, speaks: bool) -> None:
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         said = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
-        with open(report, "w", encoding="utf-8") as file:
-            json.dump({"message": said}, file)
+        with suppress(InputError):  # a full disk must not hide the sentence
+            write_json(report, {"message": said})
     if code == 1 and speaks:
         sys.exit(sentence)  # the interpreter prints it
     if speaks:

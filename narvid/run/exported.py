@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from narvid import InputError
-from narvid.files import read_json, write_json, write_text, writing
+from narvid.files import list_folder, read_json, read_parts, write_json, write_text, writing
 from narvid.run.run_dir import load_checkpoint
 from narvid.towers import ClipConfig
 
@@ -46,7 +46,7 @@ def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, c
     config: "flags", "towers", "epoch", "step", "data", "result"; what is not known is None.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS, CARD}):
+    if folder.exists() and (not folder.is_dir() or {*list_folder(folder)} - {CONFIG, WEIGHTS, CARD}):
         raise InputError(f"{folder}: holds something else than an exported model; name an empty or a new folder")
     with writing(folder / WEIGHTS, binary=True) as file:
         file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))
@@ -90,7 +90,6 @@ def read_config(folder: Path) -> dict:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
+    for part in read_parts(path, advice=AGAIN):
+        digest.update(part)
     return digest.hexdigest()

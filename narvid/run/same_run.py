@@ -20,7 +20,7 @@ import torch
 from narvid import InputError
 from narvid.data.datasets import Split
 from narvid.distributed import World
-from narvid.files import read_json
+from narvid.files import read_json, read_parts
 from narvid.methods import METHODS
 from narvid.run.settings import DEFAULT_METHOD, flags_of
 
@@ -88,8 +88,7 @@ def _content(flag: str, name: str | None) -> str | None:
         return GONE if flag == "checkpoint" or Path(name).suffix else name  # open_clip's names have no dot
     if name.endswith(".json"):
         return _digest([json.dumps(read_json(name), sort_keys=True).encode()])
-    with open(name, "rb") as file:
-        return _digest(iter(lambda: file.read(2**24), b""))
+    return _digest(read_parts(name))
 
 
 def check(folder: Path, state: dict, identity: dict, args: argparse.Namespace) -> list[str]:

@@ -130,6 +130,16 @@ def test_recall_on_the_heat_map_is_that_of_the_metrics(tmp_path):
     assert drawing.own_recall(stored, "S_qv") == expected
 
 
+@pytest.mark.parametrize("part", [0, 3, 200, -1])
+def test_half_a_similarity_file_is_one_sentence(tmp_path, part):
+    run = write_run(tmp_path / "run", 50.0)
+    write_similarity(run)
+    path = run / "similarity.npz"
+    path.write_bytes(path.read_bytes()[:part])
+    with pytest.raises(InputError, match="similarity.npz: cannot be read .*; delete it and evaluate again"):
+        make_figures.load_similarity(make_figures.read_run(run, tmp_path))
+
+
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds no run"):
         make_figures.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")])
