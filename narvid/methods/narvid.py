@@ -24,6 +24,12 @@ FILTERS = {  # --filter (Sec. 3.4) -> the flag that is its parameter, and the fi
 
 
 def _add_loss_flags(group) -> None:
+    """What a checkpoint does not bring back."""
+    _add_hard_negative_flags(group)
+
+
+def _add_hard_negative_flags(group) -> None:
+    """What says nothing without module CVH."""
     group.add_argument("--hard_loss", choices=["hinge", "nce"], default="hinge",
                        help="of module CVH: Eqs. 8-9, or Eq. 12")
     group.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
@@ -95,7 +101,7 @@ class NarVid(Method, model.NarVid):
         if "CMI" not in flags.modules:
             unread |= {"dropout"}
         if "CVH" not in flags.modules or not flags.alpha:
-            unread |= cls.loss_flags
+            unread |= names_of(_add_hard_negative_flags)
         return unread | ({"eta"} if flags.hard_loss == "nce" else set())
 
     @classmethod

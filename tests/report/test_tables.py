@@ -14,6 +14,7 @@ import yaml
 
 import main_task_retrieval as trainer
 from narvid import InputError
+from narvid.methods import narvid
 from narvid.report import tables as eval_tables
 from narvid.report.published import PUBLISHED, differences, meaning, read_published
 
@@ -115,6 +116,16 @@ ABLATED = ["NarVid, Table 3: NM CMI QAF", "NarVid, Table 5: alpha 0", "NarVid, T
 MAIN = ["NarVid, Table 1: NarVid", "NarVid, Table 3: NM CMI QAF CVH", "NarVid, Table 4: nucleus p=0.4",
         "NarVid, Table 5: alpha 1.0", *(f"NarVid, Table 10: {m}" for m in ("S_qv", "S_qn", "S_sum", "S_fusion")),
         "NarVid, Table 11: L_NCE + L_CVH"]
+
+
+def test_without_its_module_the_hard_negatives_say_nothing_but_other_losses_do(monkeypatch):
+    off = {"hard_loss", "lam", "eta", "alpha"}
+    assert off <= meaning(preset("msrvtt_vitb32")).keys()
+    for flags in (["--modules", "NM", "CMI"], ["--alpha", 0]):
+        config = preset("msrvtt_vitb32", *flags)
+        assert not off & meaning(config).keys()
+        monkeypatch.setattr(narvid.NarVid, "loss_flags", narvid.NarVid.loss_flags | {"another_weight"})
+        assert meaning(config | {"another_weight": 0.5})["another_weight"] == 0.5
 
 
 @pytest.mark.parametrize("config, wanted", [
