@@ -6,7 +6,7 @@
   stage_one.py   nearest vectors among very many (FAISS)
   engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
   reading.py     which files, their frames as jpgs, windows; worker processes without torch
-  telling.py     the sentences of frames: a captioner, a narration file, or none
+  sentences.py   the sentences of frames: a captioner, a narration file, or none
   build.py       folder of files -> index; goes on where it stopped, notices what has changed
   server.py      the page (page.html) and its JSON API
   guard.py       who may ask the server

@@ -121,9 +121,9 @@ def index_videos(args: argparse.Namespace) -> None:
         captioner = LocalCaptioner(args.captioner, args.prompt)
     elif args.server:
         captioner = ServerCaptioner(args.server, args.model, args.prompt)
-    told = captioner is not None or args.narrations is not None
+    narrated = captioner is not None or args.narrations is not None
     embedder = Embedder.load(args.checkpoint, clip_model=in_full(args.clip_model or "ViT-B-32"),
-                             clip_pretrained=in_full(args.clip_pretrained or "openai"), narration=told)
+                             clip_pretrained=in_full(args.clip_pretrained or "openai"), narration=narrated)
     report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
                     window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
                     workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -226,8 +226,8 @@ def table(asked: str, answers: Iterable[Answer]) -> Iterator[str]:
     if rows:
         yield f"{'rank':>5}  {'file':{wide}}  {'time':>13}  {'S_qv':>6}  {'S_qn':>6}  {'fused':>6}"
     for path, time, a in rows:
-        told = "" if a.s_narration is None else f"{a.s_narration:.3f}"
-        yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {told:>6}  {a.score:>6.2f}"
+        s_narration = "" if a.s_narration is None else f"{a.s_narration:.3f}"
+        yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {s_narration:>6}  {a.score:>6.2f}"
         kept = [f"{clock(f.time)} {f.frame_weight:.0%}" for f in a.frames if f.frame_weight > 0]
         yield f"{'':7}frames {', '.join(kept)}"
         for frame in (f for f in a.frames if f.sentence_weight > 0):

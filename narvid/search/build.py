@@ -1,7 +1,7 @@
 """Folder of video files -> index; the same again when files are new, changed or gone.
 
 Here: what has to be done, in which order, and what of it is stored together. Not here: decoding and windows
-(reading.py), sentences (telling.py), features (embedding.py), tables (store.py).
+(reading.py), sentences (sentences.py), features (embedding.py), tables (store.py).
 
 Everything of a file is one transaction, its sentences too. Files go in the order of their paths and are encoded one by
 one, so that a run that was killed and continued makes the same index as one that was not.
@@ -31,7 +31,7 @@ from narvid.search.database import NAME
 from narvid.search.engine import compute_statistics
 from narvid.search.reading import find_videos, join_alike, read_all, windows_of
 from narvid.search.store import File, Store
-from narvid.search.telling import UNTOLD, Narrator
+from narvid.search.sentences import NO_SENTENCE, Narrator
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
@@ -80,7 +80,7 @@ def update(
     """
     narrator, found = Narrator(captioner, narrations), find_videos(Path(videos_dir), Path(index))
     if not narrator.is_silent and not embedder.narration:
-        raise InputError("this model hears no narration: leave the captioner and the narrations out")
+        raise InputError("this model reads no narration: leave the captioner and the narrations out")
     narrator.check(found)
     settings = {"videos": str(Path(videos_dir).resolve()), "window": window, "fps": fps, "short_side": short_side}
     settings |= {**narrator.settings, **embedder.settings}
@@ -135,8 +135,8 @@ def is_due(file: File | None, status: tuple[int, int], narrator: Narrator, path:
         return True
     if file.why:
         return retry
-    wants_sentences = narrator.captioner is not None and UNTOLD in file.note
-    return file.told != narrator.version(path) or (retry and wants_sentences)
+    wants_sentences = narrator.captioner is not None and NO_SENTENCE in file.note
+    return file.narration != narrator.version(path) or (retry and wants_sentences)
 
 
 def index_files(
@@ -160,7 +160,7 @@ def index_files(
                 continue
             windows = windows_of(clip, settings["window"], settings["fps"], embedder.max_frames)
             picked = sorted({number for _, _, picks in windows for number in picks})
-            sentences, note = narrator.tell(path, clip, picked)
+            sentences, note = narrator.sentences_of(path, clip, picked)
             if narrator.settings["captioner"] != store.settings["captioner"]:  # the server refused a parameter
                 store.update_settings(**narrator.settings)
             leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in picked], SAME_FRAME)
@@ -170,7 +170,7 @@ def index_files(
             frames = [(*frame, sentences.get(n)) for n, frame in enumerate(zip(clip.times, clip.jpegs, strict=True))]
             note = "; ".join(filter(None, (clip.note, note)))
             store.put_file(path, *status[path], clip.seconds, note, frames, windows, features, pooled,
-                           told=narrator.version(path))
+                           narration=narrator.version(path))
 
 
 def printable(text: str) -> str:
@@ -192,8 +192,8 @@ def encode(
     for first in range(0, len(windows), ENCODED_AT_ONCE):
         picks = [numbers for _, _, numbers in windows[first : first + ENCODED_AT_ONCE]]
         frames = [read_frames([BytesIO(clip.jpegs[n]) for n in numbers], embedder.image_size) for numbers in picks]
-        told = None if sentences is None else [[sentences[n] for n in numbers] for numbers in picks]
-        videos = embedder.videos(frames, told)
+        of_windows = None if sentences is None else [[sentences[n] for n in numbers] for numbers in picks]
+        videos = embedder.videos(frames, of_windows)
         packed.append(embedder.pack(videos))
         pooled.append(embedder.pool_videos(videos))
     fields = {name: None if field is None else np.concatenate([part[name] for part in packed])

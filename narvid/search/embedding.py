@@ -29,7 +29,7 @@ from narvid.model import Queries, Videos, place_frames
 from narvid.retriever import Retriever
 from narvid.run.settings import named
 
-ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is heard
+ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is used
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
 FREE = ("checkpoint", "clip_model", "clip_pretrained")  # settings that say where a model's files lie
 
@@ -38,7 +38,7 @@ class Embedder:
     """A Retriever as a search sees it.
 
     max_frames (K), image_size: how frames are picked and read. views: keys of `score`, "video" and perhaps "narration".
-    narration: whether sentences are heard. weight: of S_qv in Eq. 11. settings: plain values that say which model this
+    narration: whether sentences are read. weight: of S_qv in Eq. 11. settings: plain values that say which model this
     is, to be stored with an index. frames_alone: what to say where there is no narration, "" where none is read.
     """
 
@@ -87,10 +87,10 @@ class Embedder:
         names = [k for k in here if k not in (*FREE, "flags", "eval_precision") and here[k] != there.get(k)
                  and (k in there or k == "weights")]
         if names:
-            told = ", ".join(f"{k} {_short(there.get(k))} there, {_short(here[k])} here" for k in names[:3])
+            differences = ", ".join(f"{k} {_short(there.get(k))} there, {_short(here[k])} here" for k in names[:3])
             model = f"--checkpoint {settings['checkpoint']}" if settings.get("checkpoint") else "no --checkpoint"
-            raise InputError(f"{index}: this index was made with another model ({told}); give {model}, or make another "
-                             "index")
+            raise InputError(f"{index}: this index was made with another model ({differences}); give {model}, or make "
+                             "another index")
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
@@ -102,13 +102,13 @@ class Embedder:
         """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each -> features of V videos.
 
         sentences None, or a None among them: there is no such sentence. Features of single frames (model.Videos) come
-        with `look` (V, K, D), the frames as CLIP saw them: enhanced ones have heard the narration, which a picture
-        lacks. Not to be called from two threads at once.
+        with `look` (V, K, D), the frames as CLIP saw them: enhanced ones hold some of the narration, which a
+        picture lacks. Not to be called from two threads at once.
         """
-        told = sentences if self.narration and sentences is not None else [[None] * len(x) for x in frames]
+        given = sentences if self.narration and sentences is not None else [[None] * len(x) for x in frames]
         seen = []
         with self.retriever.model.clip.visual.register_forward_hook(lambda _, __, features: seen.append(features)):
-            videos = self.retriever.encode_frames(frames, told)
+            videos = self.retriever.encode_frames(frames, given)
         if not self.narration:
             videos = videos._replace(**{name: None for name in videos._fields if name.startswith("narration")})
         if not isinstance(videos, Videos):
@@ -118,7 +118,7 @@ class Embedder:
     def like(self, videos: NamedTuple) -> dict[str, NamedTuple]:
         """{view: queries that look for videos like these}: the frames ask the frames, the sentences the sentences.
 
-        With `look`: the frames are CLIP's own on both sides, since a query may have no narration to hear. Scored as a
+        With `look`: the frames are CLIP's own on both sides, since a query may have no narration. Scored as a
         text, at both grains: the eos is the mean of the normalised real frames (sentences), these are the words, all of
         one weight. Nothing is filtered unless all the queries are single pictures, which look for one frame: with
         uniform weights on either side a video's twin has the highest score there is. Without: the means are compared.
@@ -134,8 +134,8 @@ class Embedder:
                                     weights.to(features.dtype))
         return queries
 
-    def told(self, videos: NamedTuple) -> np.ndarray:
-        """(V,) whether a video has a sentence that is heard; without one only its frames can be scored."""
+    def has_sentence(self, videos: NamedTuple) -> np.ndarray:
+        """(V,) whether a video has a sentence that is read; without one only its frames can be scored."""
         if not self.narration:
             return np.zeros(len(videos[0]), dtype=bool)
         _, mask = self.retriever.model.vectors(videos)["narration"]
@@ -200,10 +200,10 @@ class Embedder:
         """
         width = len(self.views) * self.settings["dim"]
         vectors = pooled.reshape(len(pooled), -1, width)
-        told = vectors[:, -1, self.settings["dim"]:].any(axis=1)
+        has_sentence = vectors[:, -1, self.settings["dim"]:].any(axis=1)
         if vectors.shape[1] > 1:
             vectors = vectors[:, -1:] if kind == "like" else vectors[:, :-1]
-        return vectors, told
+        return vectors, has_sentence
 
     def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics) -> np.ndarray:
         """(B, W) float32, whose product with a stage-one vector is Eq. 11 of its cosines, up to a constant.

@@ -3,7 +3,7 @@
 Here: which windows are scored, Eq. 11 with the statistics of the index, the order, overlapping windows. Not here: the
 model (embedding.py), nearest vectors (stage_one.py), what is stored (store.py).
 
-A pair where nothing is told, because the window has no sentence or the query is a picture, is scored by 2 z(S_qv):
+A pair without a narration, because the window has no sentence or the query is a picture, is scored by 2 z(S_qv):
 Eq. 11 with all its weight on the view that there is.
 
 Legend: B queries, n windows in hand, K frames of a window and sentences of its narration.
@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     end: float
     score: float
     s_video: float
-    s_narration: float | None  # None where nothing is told
+    s_narration: float | None  # None where the narration is not used
     frames: list[Seen]
     why: str
 
@@ -147,18 +147,18 @@ class Engine:
     # ----------------------------------------------------------------------------------------------------- inside
 
     def _like(self, videos: NamedTuple, **same) -> list[Answer]:
-        return self._find(self.embedder.like(videos), self.embedder.told(videos), "like", **same)[0]
+        return self._find(self.embedder.like(videos), self.embedder.has_sentence(videos), "like", **same)[0]
 
-    def _find(self, queries: AnyQueries, told: np.ndarray, kind: str, **same) -> list[list[Answer]]:
-        """told (B,): whether the narration hears a query; kind: of the statistics; keywords as in `_found`."""
+    def _find(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, **same) -> list[list[Answer]]:
+        """narration_used (B,): whether it counts for a query; kind: of the statistics; keywords as in `_found`."""
         try:
             self.refresh(kind)
-            return self._found(queries, told, kind, **same)
+            return self._found(queries, narration_used, kind, **same)
         except KeyError:  # a file was indexed again between stage one and stage two: once more
             self.refresh(kind)
-            return self._found(queries, told, kind, **same)
+            return self._found(queries, narration_used, kind, **same)
 
-    def _found(self, queries: AnyQueries, told: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
+    def _found(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
                min_seconds: float = 0.0, max_seconds: float = inf, exact: bool = False,
                itself: Window | None = None) -> list[list[Answer]]:
         now = self._windows[kind]
@@ -168,17 +168,17 @@ class Engine:
             inside = now.stage and np.isin(now.stage.ids, allowed)
             new = np.intersect1d(new, allowed)
         if not len(allowed):
-            return [[] for _ in told]
+            return [[] for _ in narration_used]
         statistics = self._statistics()[kind]
         if exact or len(allowed) <= self.candidates:
-            scores = self._score(queries, told, allowed, statistics)
+            scores = self._score(queries, narration_used, allowed, statistics)
             return [self._answers(_row(queries, b), allowed, _row(scores, b), top, statistics, itself)
-                    for b in range(len(told))]
+                    for b in range(len(narration_used))]
         answers = []
         vectors = self.embedder.pool_queries(queries, statistics)
         for b, near in enumerate(candidates_of(now.stage, vectors, self.candidates, inside)):
             ids, row = np.union1d(near, new), _row(queries, b)
-            scores = self._score(row, told[b:b + 1], ids, statistics)
+            scores = self._score(row, narration_used[b:b + 1], ids, statistics)
             answers.append(self._answers(row, ids, _row(scores, 0), top, statistics, itself))
         return answers
 
@@ -189,13 +189,14 @@ class Engine:
             self._measured = compute_statistics(self.store, self.embedder, None)
         return stored or self._measured
 
-    def _score(self, queries: AnyQueries, told: np.ndarray, ids: np.ndarray, statistics: ViewStatistics) -> _Scores:
+    def _score(self, queries: AnyQueries, narration_used: np.ndarray, ids: np.ndarray,
+               statistics: ViewStatistics) -> _Scores:
         """Stage two: evaluation's scores of B queries with these windows, their features read block by block."""
-        parts, told = [], told & (statistics[1] is not None)
+        parts, narration_used = [], narration_used & (statistics[1] is not None)
         for start in range(0, len(ids), BLOCK):
             videos = self.embedder.unpack(self.store.features(ids[start:start + BLOCK]))
             scores = self.embedder.score(queries, videos)
-            both = torch.from_numpy(told[:, None] & self.embedder.told(videos)[None])  # (B, n)
+            both = torch.from_numpy(narration_used[:, None] & self.embedder.has_sentence(videos)[None])  # (B, n)
             fused = fuse(scores, both, self.embedder.weight, statistics)
             parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
                                  scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
@@ -236,12 +237,12 @@ class Engine:
         """The window's frames with the filter's weights, each a view's (K,); without a filter all count alike."""
         of_file = {frame.number: frame for frame in self.store.frames(window.file)}
         frames = [of_file[number] for number in window.picks]
-        spoken = sum(frame.sentence is not None for frame in frames)
+        count = sum(frame.sentence is not None for frame in frames)
         found = []
         for k, frame in enumerate(frames):
-            heard = both and frame.sentence is not None
+            used = both and frame.sentence is not None
             at_frame = float(weights["video"][k]) if weights else 1 / len(frames)
-            at_sentence = (float(weights["narration"][k]) if weights else 1 / spoken) if heard else 0.0
+            at_sentence = (float(weights["narration"][k]) if weights else 1 / count) if used else 0.0
             found.append(Seen(*frame, at_frame, at_sentence))
         return found
 
@@ -263,10 +264,10 @@ def reasons(s_video: float, s_narration: float | None, frames: list[Seen], stati
              (("frames", s_video, statistics[0]), ("sentences", s_narration, statistics[1] or (0, 0))) if s is not None]
     parts = " and ".join(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}"
                          for name, z in views)
-    best, told = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
+    best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
     looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
     if s_narration is not None:
-        looked += f', of the sentences "{told.sentence}" ({told.sentence_weight:.0%})'
+        looked += f', of the sentences "{said.sentence}" ({said.sentence_weight:.0%})'
     if best.frame_weight == min(frame.frame_weight for frame in frames):
         looked = "all its frames count alike"
     return f"{parts} the mean of all pairs; {looked}"
@@ -289,10 +290,10 @@ def candidates_of(stage: StageOne, vectors: np.ndarray, count: int, inside: np.n
     """Ids of the windows to score for each of the queries (B, W): `count` of those with a sentence, and as many of
     those without; their vectors lack a part and would lose against the others. inside (N,): where to look.
     """
-    if stage.told.all() or not stage.told.any():
+    if stage.has_sentence.all() or not stage.has_sentence.any():
         return stage.nearest(vectors, count, inside)
     inside = True if inside is None else inside
-    halves = [stage.nearest(vectors, count, which & inside) for which in (stage.told, ~stage.told)]
+    halves = [stage.nearest(vectors, count, which & inside) for which in (stage.has_sentence, ~stage.has_sentence)]
     return [np.concatenate(both) for both in zip(*halves)]
 
 
@@ -311,31 +312,32 @@ def compute_statistics(store: Store, embedder: Embedder, queries: list[str] | No
     ids = rng.permutation(store.all_windows())[:SAMPLE[1]]
     windows = store.windows(ids.tolist())
     videos = embedder.unpack(store.features(ids.tolist()))
-    told, files = embedder.told(videos), np.array([window.file for window in windows])
+    has_sentence, files = embedder.has_sentence(videos), np.array([window.file for window in windows])
 
     some = type(videos)(*(None if x is None else x[:SAMPLE[0]] for x in videos))
     other = files[:SAMPLE[0], None] != files[None]  # (B, n)
     other = other if other.any() else np.ones_like(other)
-    like = _measure(embedder.score(embedder.like(some), videos), other, other & told[:SAMPLE[0], None] & told[None])
+    both = has_sentence[:SAMPLE[0], None] & has_sentence[None]
+    like = _measure(embedder.score(embedder.like(some), videos), other, other & both)
     if not queries:
         queries = sorted(_sentences(store, windows)) if embedder.narration else []
     if not queries:
         return {"text": like, "like": like}
     encoded = embedder.queries([queries[i] for i in rng.permutation(len(queries))[:SAMPLE[0]]])
     all_pairs = np.ones((len(encoded[0]), len(ids)), dtype=bool)
-    return {"text": _measure(embedder.score(encoded, videos), all_pairs, all_pairs & told[None]), "like": like}
+    return {"text": _measure(embedder.score(encoded, videos), all_pairs, all_pairs & has_sentence[None]), "like": like}
 
 
-def _measure(scores: dict[str, Tensor], pairs: np.ndarray, told: np.ndarray) -> ViewStatistics:
-    """Statistics of the scores of these pairs (B, n); of S_qn over the told ones, None where there is none."""
+def _measure(scores: dict[str, Tensor], pairs: np.ndarray, has_sentence: np.ndarray) -> ViewStatistics:
+    """Statistics of the scores of these pairs (B, n); of S_qn over those with a sentence, None where there is none."""
     def of(view: str, chosen: np.ndarray) -> tuple[float, float]:
         mean, std = fusion.matrix_statistics(scores[view][torch.from_numpy(chosen)])
         return mean, std * (std > 1e-3)  # copies of one picture differ less: to divide by that makes scores of millions
-    return of("video", pairs), of("narration", told) if "narration" in scores and told.any() else None
+    return of("video", pairs), of("narration", has_sentence) if "narration" in scores and has_sentence.any() else None
 
 
 def _sentences(store: Store, windows: list[Window]) -> set[str]:
-    """What is told of these windows' picked frames."""
+    """The sentences of these windows' picked frames."""
     picked: dict[int, set[int]] = {}
     for window in windows:
         picked.setdefault(window.file, set()).update(window.picks)

@@ -1,6 +1,6 @@
 """Which files of a folder are videos, how a long one is cut into windows, many of them read by worker processes.
 
-Here: all before a model is asked. Not here: what is read of a video (narvid/data/videos.py), sentences (telling.py),
+Here: all before a model is asked. Not here: what is read of a video (narvid/data/videos.py), sentences (sentences.py),
 features and what is indexed already (build.py).
 This file must not import torch: its worker processes do without it (a second and 200 MB each).
 """
@@ -100,7 +100,7 @@ def join_alike(windows: Sequence[tuple[float, float, list[int]]],
                shown: Callable[[int], Hashable]) -> list[tuple[float, float, list[int]]]:
     """One window, from the start of the first to the end of the last, for every run of windows that show the same.
 
-    shown: of a frame's number, what is seen and told then. Half an hour of one slide is one answer, not a hundred.
+    shown: of a frame's number, its picture and its sentence. Half an hour of one slide is one answer, not a hundred.
     """
     joined, last = [], None
     for start, end, picks in windows:

@@ -32,15 +32,15 @@ PER_CANDIDATE = 4  # vectors asked for a candidate: neighbouring frames of one w
 
 
 class StageOne:
-    """ids (N,): the windows, rising; told (N,): which have a sentence. Made by `make` or `load`."""
+    """ids (N,): the windows, rising; has_sentence (N,): which have one. Made by `make` or `load`."""
 
-    def __init__(self, index, ids: np.ndarray, told: np.ndarray):
-        self.index, self.ids, self.told = index, ids, told
+    def __init__(self, index, ids: np.ndarray, has_sentence: np.ndarray):
+        self.index, self.ids, self.has_sentence = index, ids, has_sentence
 
     @classmethod
     def make(cls, blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], sample: np.ndarray,
              count: int) -> StageOne:
-        """blocks: (ids (n,), vectors (n, S, W), told (n,)) of all windows; vectors of zeros are none.
+        """blocks: (ids (n,), vectors (n, S, W), has_sentence (n,)) of all windows; vectors of zeros are none.
 
         sample: vectors (any, W) to train on. count: about how many there will be; it decides the kind of index.
         """
@@ -50,16 +50,16 @@ class StageOne:
         lists = max(1, min(LISTS, len(sample) // 39))
         index = faiss.index_factory(width, "IDMap,SQ8" if count <= FLAT else f"IVF{lists},RaBitQ",
                                     faiss.METRIC_INNER_PRODUCT)
-        ids, told, n = [], [], 0
+        ids, has_sentence, n = [], [], 0
         index.train(_rotate(sample))
-        for block_ids, vectors, block_told in blocks:
+        for block_ids, vectors, block_has_sentence in blocks:
             real = vectors.any(axis=2)  # (n, S)
             positions = np.broadcast_to(np.arange(n, n + len(vectors))[:, None], real.shape)[real]
             index.add_with_ids(_rotate(vectors[real]), positions)
             ids.append(block_ids)
-            told.append(block_told)
+            has_sentence.append(block_has_sentence)
             n += len(vectors)
-        return cls(index, np.concatenate(ids), np.concatenate(told))
+        return cls(index, np.concatenate(ids), np.concatenate(has_sentence))
 
     def nearest(self, queries: np.ndarray, count: int, allowed: np.ndarray | None = None) -> list[np.ndarray]:
         """The ids of at most `count` windows for each of the queries (B, W), best first.
@@ -90,7 +90,7 @@ class StageOne:
         temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
         with contextlib.suppress(OSError, RuntimeError, InputError):  # the second is FAISS's
             _faiss().write_index(self.index, str(temporary[0]))
-            np.savez(temporary[1], ids=self.ids, told=self.told, total=self.index.ntotal)
+            np.savez(temporary[1], ids=self.ids, has_sentence=self.has_sentence, total=self.index.ntotal)
             for path, final in zip(temporary, paths):
                 replace(path, final)
         for path in temporary:
@@ -105,7 +105,8 @@ class StageOne:
             index = _faiss().read_index(str(vectors))
             with np.load(windows) as kept:
                 whole = index.ntotal == kept["total"]
-                return cls(index, kept["ids"], kept["told"]) if whole else None
+                has_sentence = kept["has_sentence" if "has_sentence" in kept else "told"]  # told: its name before
+                return cls(index, kept["ids"], has_sentence) if whole else None
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 

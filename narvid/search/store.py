@@ -50,7 +50,7 @@ class File(NamedTuple):
     seconds: float
     why: str
     note: str  # what is amiss in a file that is indexed nevertheless
-    told: str  # which narration it was indexed with, as build.py marks it
+    narration: str  # which narration it was indexed with, as build.py marks it; its column is called told
 
 
 class Frame(NamedTuple):
@@ -151,7 +151,7 @@ class Store(Database):
         features: dict[str, np.ndarray | None],
         pooled: np.ndarray,
         *,
-        told: str = "",
+        narration: str = "",
     ) -> None:
         """Store a file in one transaction, in place of what was there under this path.
 
@@ -168,7 +168,7 @@ class Store(Database):
             if known not in (None, layout):
                 raise ValueError(f"features of {path} are {layout}, the index holds {known}")
             _state(run, "layout", layout)
-            file = _replace(run, path, size, mtime_ns, seconds, "", note, told)
+            file = _replace(run, path, size, mtime_ns, seconds, "", note, narration)
             for number, (time, jpeg, sentence) in enumerate(frames):
                 run("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", (file, number, time, sentence, jpeg))
             for (start, end, picks), row, vector in zip(windows, rows, vectors, strict=True):
@@ -261,12 +261,12 @@ def _state(run: Callable, name: str, value) -> None:
     run("UPDATE facts SET value = ? WHERE name = ?", (json.dumps(value), name))
 
 
-def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, told) -> int:
+def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, narration) -> int:
     """A file's new row in place of all that was there under this path -> its id."""
     name = os.fsencode(path)
     run("DELETE FROM files WHERE path = ?", (name,))
     insert = "INSERT INTO files (path, size, mtime_ns, seconds, why, note, told) VALUES (?, ?, ?, ?, ?, ?, ?)"
-    return run(insert, (name, size, mtime_ns, seconds, _text(why), _text(note), told)).lastrowid
+    return run(insert, (name, size, mtime_ns, seconds, _text(why), _text(note), narration)).lastrowid
 
 
 def _file(row: tuple) -> File:

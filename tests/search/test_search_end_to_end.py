@@ -107,10 +107,10 @@ def test_index_query_and_page_agree(index, demo, capsys):
     for answer in asked["answers"]:
         assert answer["end"] - answer["start"] == 6 and 0 <= answer["start"] and answer["end"] <= 8
         assert math.isfinite(answer["score"]) and answer["s_narration"] is not None
-        told = narrations[Path(answer["path"]).stem]
+        narration = narrations[Path(answer["path"]).stem]
         for frame in answer["frames"]:
             assert answer["start"] <= frame["time"] <= answer["end"]
-            assert frame["sentence"] == told.sentences[told.times.index(frame["time"])]
+            assert frame["sentence"] == narration.sentences[narration.times.index(frame["time"])]
         for view in ("frame_weight", "sentence_weight"):
             assert sum(frame[view] for frame in answer["frames"]) == pytest.approx(1)
     scores = [answer["score"] for answer in asked["answers"]]

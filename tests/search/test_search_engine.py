@@ -74,10 +74,10 @@ def pictures(split, size=tiny.SIDE):
 def put(store, embedder, path, frames, sentences, *, seconds=None, windows=None):
     """One file, its frames a second apart; windows: lists of frame numbers, one of all if not given."""
     windows = windows or [list(range(len(frames)))]
-    told = [None] * len(frames) if sentences is None else sentences
-    videos = embedder.videos([frames[numbers] for numbers in windows], [[told[n] for n in w] for w in windows])
+    given = [None] * len(frames) if sentences is None else sentences
+    videos = embedder.videos([frames[numbers] for numbers in windows], [[given[n] for n in w] for w in windows])
     store.put_file(path, 1, 1, seconds or float(len(frames)), "",
-                   [(float(n), b"jpg", sentence) for n, sentence in enumerate(told)],
+                   [(float(n), b"jpg", sentence) for n, sentence in enumerate(given)],
                    [(float(w[0]), float(w[-1] + 1), w) for w in windows], embedder.pack(videos),
                    embedder.pool_videos(videos))
 
@@ -89,7 +89,7 @@ def new_store(folder, embedder, **settings):
 
 @pytest.fixture(scope="module")
 def index(measured, embedder, tmp_path_factory):
-    """All test videos, told, with the statistics of the whole matrix."""
+    """All test videos with their sentences and the statistics of the whole matrix."""
     split, _, scores, _ = measured
     store = new_store(tmp_path_factory.mktemp("index") / "i", embedder)
     for name, frames, sentences in zip(split.videos, pictures(split), split.sentences):
@@ -136,29 +136,30 @@ def test_what_is_packed_comes_back(measured, embedder):
     assert again._fields == videos._fields and all(torch.equal(a, b) for a, b in zip(again, videos))
 
 
-def test_without_a_narration_nothing_is_heard(measured, alone, embedder):
-    """Frames alone: no sentence, however given, moves a bit; the frames equal those of a video nothing is told of."""
+def test_without_a_narration_no_sentence_counts(measured, alone, embedder):
+    """Frames alone: no sentence, however given, moves a bit; the frames equal those of a video without a narration."""
     split, *_ = measured
     frames = pictures(split)[:4]
     videos = alone.videos(frames, [["red and green"] * len(x) for x in frames])
-    untold = embedder.videos(frames)
+    without = embedder.videos(frames)
     assert videos.narration is None and alone.views == ("video",)
-    assert not embedder.told(untold).any() and not alone.told(videos).any()
-    assert torch.equal(videos.frames, untold.frames)
+    assert not embedder.has_sentence(without).any() and not alone.has_sentence(videos).any()
+    assert torch.equal(videos.frames, without.frames)
     queries = alone.queries(QUERIES)
     assert list(alone.score(queries, videos)) == ["video"]
-    torch.testing.assert_close(alone.score(queries, videos)["video"], embedder.score(queries, untold)["video"], **CLOSE)
-    heard = embedder.videos(frames, split.sentences[:4])
-    assert not torch.allclose(heard.frames, untold.frames, atol=1e-3)
+    expected = embedder.score(queries, without)["video"]
+    torch.testing.assert_close(alone.score(queries, videos)["video"], expected, **CLOSE)
+    narrated = embedder.videos(frames, split.sentences[:4])
+    assert not torch.allclose(narrated.frames, without.frames, atol=1e-3)
 
 
 def test_stage_one_vectors_are_frames_and_sentences_of_length_one(measured, embedder):
     split, *_ = measured
     videos = embedder.videos(pictures(split)[:5], split.sentences[:4] + [[None] * len(split.picks[4])])
     pooled = embedder.pool_videos(videos)
-    vectors, told = embedder.vectors_of(pooled, "text")
+    vectors, has_sentence = embedder.vectors_of(pooled, "text")
     dim = vectors.shape[2] // 2
-    assert told.tolist() == [True] * 4 + [False]
+    assert has_sentence.tolist() == [True] * 4 + [False]
     assert np.array_equal(vectors.any(axis=2), videos.mask.numpy())
     lengths = np.linalg.norm(vectors.reshape(-1, 2, dim), axis=2).reshape(*vectors.shape[:2], 2)
     assert lengths[..., 0][videos.mask] == pytest.approx(1, abs=1e-5)
@@ -176,15 +177,15 @@ def test_stage_one_vectors_are_frames_and_sentences_of_length_one(measured, embe
     assert got == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("flags, told", [(["--head", "meanP"], False), (["--head", "tightTransf"], None)], ids=str)
-def test_clip4clip_is_searched_but_for_its_tight_head(flags, told, corpus, measured, tmp_path):
+@pytest.mark.parametrize("flags, searched", [(["--head", "meanP"], False), (["--head", "tightTransf"], None)], ids=str)
+def test_clip4clip_is_searched_but_for_its_tight_head(flags, searched, corpus, measured, tmp_path):
     split, *_ = measured
     argv = [*tiny.flags(corpus, "unused")[:4], "--output_dir", "unused", "--method", "clip4clip", *flags]
     args = trainer.parse_args([*argv, "--max_frames", "6", "--precision", "fp32"])
     model = trainer.build_model(args)
     state = {"model": model.state_dict(), "clip_config": vars(model.clip.config), "args": vars(args)}
     torch.save(state, tmp_path / "best.pt")
-    if told is None:
+    if searched is None:
         with pytest.raises(InputError, match="clip4clip --head tightTransf cannot be searched with"):
             Embedder.load(tmp_path)
         return
@@ -219,8 +220,8 @@ def test_plain_clip_is_searched_by_its_pooled_features(plain, measured, tmp_path
     for video, frames, sentences in zip(split.videos, pictures(split), split.sentences):
         put(store, embedder, f"{video}.mp4", frames, sentences if video != "test3" else None)
     store.statistics = compute_statistics(store, embedder, None)
-    told = [s if v != "test3" else [None] * len(s) for v, s in zip(split.videos, split.sentences)]
-    scores = embedder.score(embedder.queries(QUERIES), embedder.videos(pictures(split), told))
+    given = [s if v != "test3" else [None] * len(s) for v, s in zip(split.videos, split.sentences)]
+    scores = embedder.score(embedder.queries(QUERIES), embedder.videos(pictures(split), given))
     both = torch.tensor([v != "test3" for v in split.videos]).expand(len(QUERIES), -1)
     expected = engines.fuse(scores, both, 0.5, store.statistics["text"])
     for b, answers in enumerate(Engine(store, embedder).search(QUERIES, top=20)):
@@ -337,18 +338,18 @@ def test_of_windows_that_overlap_the_better_is_an_answer(measured, embedder, tmp
 def test_windows_without_a_sentence_are_scored_by_their_frames(measured, embedder, tmp_path, monkeypatch):
     split, *_ = measured
     store = new_store(tmp_path / "i", embedder)
-    untold = {"test1", "test5", "test7"}
+    without = {"test1", "test5", "test7"}
     for video, frames, sentences in zip(split.videos, pictures(split), split.sentences):
-        put(store, embedder, f"{video}.mp4", frames, None if video in untold else sentences)
+        put(store, embedder, f"{video}.mp4", frames, None if video in without else sentences)
     statistics = store.statistics = compute_statistics(store, embedder, QUERIES)
     ids = store.all_windows()
-    told = embedder.told(embedder.unpack(store.features(ids)))
-    scores = embedder.score(embedder.queries(QUERIES), embedder.unpack(store.features(ids)))["narration"][:, told]
+    given = embedder.has_sentence(embedder.unpack(store.features(ids)))
+    scores = embedder.score(embedder.queries(QUERIES), embedder.unpack(store.features(ids)))["narration"][:, given]
     assert statistics["text"][1] == pytest.approx(fusion.matrix_statistics(scores), abs=1e-5)
     mean, std = statistics["text"][0]
     for candidates in (100, 3):
         for answers in Engine(store, embedder, candidates=candidates).search(QUERIES, top=11):
-            alone = [answer for answer in answers if name(answer) in untold]
+            alone = [answer for answer in answers if name(answer) in without]
             assert len(alone) == 3 and len(answers) == min(11, 3 + candidates)
             for answer in alone:
                 assert answer.s_narration is None and "sentences" not in answer.why
@@ -396,7 +397,7 @@ def test_like_a_window_leaves_itself_out_and_finds_its_twin_first(measured, embe
 
 
 def test_like_a_picture(measured, index, embedder, monkeypatch):
-    """A video's only frame finds it, though nothing is told of a picture; what is no picture is refused."""
+    """A video's only frame finds it, though a picture has no sentence; what is no picture is refused."""
     split, *_ = measured
     engine = Engine(index, embedder)
     lone = [v for v, picks in enumerate(split.picks) if len(picks) == 1]
@@ -452,12 +453,12 @@ def test_stage_one_finds_the_nearest_windows(monkeypatch):
     vectors = rng.standard_normal((n, 3, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     vectors[::2, 2] = 0  # padding
-    ids, told = 7 * np.arange(n), np.arange(n) % 5 > 0
+    ids, given = 7 * np.arange(n), np.arange(n) % 5 > 0
     queries = vectors[100:120, 1] + 0.05 * rng.standard_normal((20, width)).astype(np.float32)
     best = np.where(vectors.any(axis=2), np.einsum("bw,nsw->bns", queries, vectors), -9).max(axis=2)  # (B, n)
     for flat in (10**9, 0):
         monkeypatch.setattr(stage_one, "FLAT", flat)
-        blocks = [(ids[i:i + 700], vectors[i:i + 700], told[i:i + 700]) for i in range(0, n, 700)]
+        blocks = [(ids[i:i + 700], vectors[i:i + 700], given[i:i + 700]) for i in range(0, n, 700)]
         stage = StageOne.make(blocks, vectors[::5].reshape(-1, width), 3 * n)
         assert type(stage.index).__name__ == ("IndexIDMap" if flat else "IndexIVFRaBitQ")
         assert stage.index.ntotal == vectors.any(axis=2).sum()
@@ -516,7 +517,7 @@ def test_statistics_come_of_a_sample(measured, index, embedder):
     got = compute_statistics(index, embedder, split.queries)["text"]
     for view, expected in zip(("video", "narration"), got):
         assert fusion.matrix_statistics(scores[view]) == pytest.approx(expected, abs=1e-5)
-    sentences = sorted({s for told in split.sentences for s in told if s is not None})
+    sentences = sorted({s for given in split.sentences for s in given if s is not None})
     videos = embedder.unpack(index.features(index.all_windows()))
     own = embedder.score(embedder.queries(sentences), videos)
     got = compute_statistics(index, embedder, None)
@@ -550,14 +551,14 @@ def test_what_a_method_answers_is_enough_for_a_search(form, corpus, measured, tm
             Embedder(retriever)
         return
     found = Embedder(retriever)
-    told = split.sentences if found.narration else [None] * len(split.videos)
+    given = split.sentences if found.narration else [None] * len(split.videos)
     store = new_store(tmp_path / "i", found)
-    for video, frames, sentences in zip(split.videos, pictures(split), told):
+    for video, frames, sentences in zip(split.videos, pictures(split), given):
         put(store, found, f"{video}.mp4", frames, sentences)
     store.statistics = compute_statistics(store, found, QUERIES)
     found.check(store.settings, "i")
     scores = retriever.score(retriever.encode_queries(QUERIES),
-                             retriever.encode_frames(pictures(split), [t or [None] * 6 for t in told]),
+                             retriever.encode_frames(pictures(split), [t or [None] * 6 for t in given]),
                              store.statistics["text"])
     for candidates in (1000, 5):  # all, and those that stage one finds
         engine = Engine(store, found, candidates=candidates)
@@ -576,5 +577,5 @@ def test_what_a_method_answers_is_enough_for_a_search(form, corpus, measured, tm
     mute = Embedder(retriever, narration=False)
     videos = mute.unpack(mute.pack(mute.videos(pictures(split))))
     for queries in (mute.queries(QUERIES), mute.like(videos)):
-        assert list(mute.score(queries, videos)) == ["video"] and not mute.told(videos).any()
+        assert list(mute.score(queries, videos)) == ["video"] and not mute.has_sentence(videos).any()
     assert mute.pool_videos(videos).shape[1] % mute.settings["dim"] == 0

@@ -509,11 +509,11 @@ def test_windows_of_a_long_file_in_the_index(tmp_path):
         windows = store.windows(store.all_windows())
         frames = store.frames(windows[0].file)
         assert [(w.start, w.end) for w in windows] == [(0, 30), (15, 45), (30, 60), (45, 75), (50, 80)]
-        for window, (_, told) in zip(windows, embedder.seen, strict=True):
+        for window, (_, given) in zip(windows, embedder.seen, strict=True):
             times = [frames[n].time for n in window.picks]
             assert len(times) == 6 and window.start <= times[0] and times[-1] < window.end
-            assert told == [f"a picture of long.mp4 {time}" for time in times]
-            assert told == [frames[n].sentence for n in window.picks]
+            assert given == [f"a picture of long.mp4 {time}" for time in times]
+            assert given == [frames[n].sentence for n in window.picks]
         picked = {n for window in windows for n in window.picks}
         assert [frame.sentence is None for frame in frames] == [n not in picked for n in range(80)]  # nor asked for
         assert len(next(store.pooled())[0]) == 5
@@ -685,7 +685,7 @@ def test_a_narration_file_is_joined_by_time(tmp_path, videos):
     update(videos, tmp_path / "i", embedder, narrations=path)
     expected = {"a.mp4": ["x", "y", "z"], "b/c.mkv": ["at 0", None, "at 2 \u2028", None], "d.mp4": [None] * 5}
     assert sentences(tmp_path / "i") == expected
-    assert [told for _, told in embedder.seen] == [*expected.values()]
+    assert [given for _, given in embedder.seen] == [*expected.values()]
     with Store(tmp_path / "i", read_only=True) as store:
         notes = [file.note for file in store.files()]
     assert notes == ["", "2 of 4 frames without a sentence", "5 of 5 frames without a sentence"]
@@ -711,18 +711,18 @@ def test_a_narration_of_other_frames_is_refused(tmp_path, videos):
         update(videos, tmp_path / "i", Fake(), narrations=path)
     with pytest.raises(InputError, match="exclude each other"):
         update(videos, tmp_path / "i", Fake(), narrations=path, captioner=Captioner())
-    deaf = Fake()
-    deaf.narration = False
-    with pytest.raises(InputError, match="this model hears no narration"):
-        update(videos, tmp_path / "j", deaf, narrations=path)
+    wordless = Fake()
+    wordless.narration = False
+    with pytest.raises(InputError, match="this model reads no narration"):
+        update(videos, tmp_path / "j", wordless, narrations=path)
     assert not (tmp_path / "j").exists()
 
 
 def test_a_frame_without_an_answer_has_no_sentence(tmp_path, videos):
-    captioner = Captioner(lambda key: Failed("busy <b>") if key == "b/c.mkv 2.0" else f"told {key}")
+    captioner = Captioner(lambda key: Failed("busy <b>") if key == "b/c.mkv 2.0" else f"at {key}")
     update(videos, tmp_path / "i", Fake(), captioner=captioner)
     assert captioner.shown == 2 + 3 + 4 + 5
-    assert sentences(tmp_path / "i")["b/c.mkv"] == ["told b/c.mkv 0.0", "told b/c.mkv 1.0", None, "told b/c.mkv 3.0"]
+    assert sentences(tmp_path / "i")["b/c.mkv"] == ["at b/c.mkv 0.0", "at b/c.mkv 1.0", None, "at b/c.mkv 3.0"]
     with Store(tmp_path / "i", read_only=True) as store:
         assert [file.note for file in store.files()] == ["", "1 of 4 frames without a sentence (busy <b>)", ""]
     assert update(videos, tmp_path / "i", Fake(), captioner=Captioner()).unchanged == 3
@@ -731,7 +731,7 @@ def test_a_frame_without_an_answer_has_no_sentence(tmp_path, videos):
 
 
 def test_a_captioner_that_is_down_or_blind_stops_the_run(tmp_path, videos):
-    down = Captioner(lambda key: "told" if key.startswith("a.mp4") else Failed("503"))
+    down = Captioner(lambda key: "at" if key.startswith("a.mp4") else Failed("503"))
     clip(videos / "e.mp4", 20)
     with pytest.raises(InputError, match="10 frames in a row got no sentence, the last one because: 503"):
         update(videos, tmp_path / "i", Fake(), captioner=down)
@@ -798,9 +798,9 @@ def test_a_server_is_asked_for_many_frames_at_once(tmp_path):
 
     clip(tmp_path / "v" / "a.mp4", 4)
     all_there = threading.Barrier(4, timeout=20)
-    captioner = Server(lambda key: f"told {key}" * (all_there.wait() >= 0))
+    captioner = Server(lambda key: f"at {key}" * (all_there.wait() >= 0))
     update(tmp_path / "v", tmp_path / "i", Fake(), captioner=captioner)
-    assert sentences(tmp_path / "i")["a.mp4"] == [f"told a.mp4 {n}.0" for n in range(4)]
+    assert sentences(tmp_path / "i")["a.mp4"] == [f"at a.mp4 {n}.0" for n in range(4)]
 
 
 def test_still_frames_share_a_sentence(tmp_path):
@@ -817,7 +817,7 @@ def test_frames_alone_say_what_that_loses(tmp_path, videos, capsys, method, said
     embedder.frames_alone = METHODS[method].frames_alone
     update(videos, tmp_path / "i", embedder)
     assert re.search(said, capsys.readouterr().out)
-    assert {told for _, told in embedder.seen} == {None}
+    assert {given for _, given in embedder.seen} == {None}
     update(videos, tmp_path / "j", Fake(method=method), captioner=Captioner())
     assert "Table" not in capsys.readouterr().out
 

@@ -86,10 +86,10 @@ def test_a_query_gives_cards_with_scores_frames_sentences_and_reasons(opened):
     assert "4 answers for “a red field”" in page.locator("#status").inner_text()
     assert [part in card.inner_text() for part in ("0:00–0:08", "2.00", "0.500", "0.250", "Because of")] == 5 * [True]
     assert card.locator(".strip li").count() == 4 and card.locator(".strip .dropped").count() == 2
-    assert card.locator(".told li:visible .text").all_text_contents() == [
+    assert card.locator(".sentences li:visible .text").all_text_contents() == [
         "kept, weight 0.25: " + HOSTILE_SENTENCE, "kept, weight 0.75: it stays red"]
     card.get_by_role("button", name="All sentences").click()
-    assert card.locator(".told li:visible").count() == 4
+    assert card.locator(".sentences li:visible").count() == 4
     loaded = "(card) => [...card.querySelectorAll('img')].every((image) => image.complete && image.naturalWidth === 32)"
     page.wait_for_function(loaded, arg=card.element_handle())
 

@@ -66,6 +66,6 @@ def test_a_run_of_windows_that_show_the_same():
     windows = [(0, 30, [0, 1]), (15, 45, [1]), (30, 60, [1]), (45, 75, [1, 1]), (60, 90, [1, 2]), (75, 99, [3])]
     runs = [(0, 30, [0, 1]), (15, 75, [1]), (60, 90, [1, 2]), (75, 99, [3])]
     assert join_alike(windows, lambda n: n) == runs
-    told = {0: "a", 1: "b", 2: "c", 3: "c"}
-    assert join_alike(windows, lambda n: ("one picture", told[n])) == runs  # what is told differs
+    sentences = {0: "a", 1: "b", 2: "c", 3: "c"}
+    assert join_alike(windows, lambda n: ("one picture", sentences[n])) == runs  # the sentences differ
     assert join_alike(windows, lambda n: "one picture") == [(0, 99, [0, 1])]

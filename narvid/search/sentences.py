@@ -21,7 +21,7 @@ from narvid.narration.chat_server import ServerCaptioner
 from narvid.narration.pictures import SAME_FRAME, check_sees, distinct_frames, made_pictures
 
 AT_ONCE = 16  # pictures in a batch, or requests to a server
-UNTOLD = "without a sentence"  # in a file's note; --retry looks for it
+NO_SENTENCE = "without a sentence"  # in a file's note; --retry looks for it
 
 
 class Narrator:
@@ -67,7 +67,7 @@ class Narrator:
         text = json.dumps(to_entry("", narration), ensure_ascii=False) if narration else ""
         return hashlib.sha256(text.encode()).hexdigest() if narration else ""
 
-    def tell(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
+    def sentences_of(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
         """The sentence or None of each of these frames of a clip, and a note on what is missing, "" if nothing is.
 
         path: relative to the videos folder. InputError where the narration is that of other frames, the captioner sees
@@ -90,9 +90,9 @@ class Narrator:
         leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in numbers], SAME_FRAME)
         asked = sorted(set(leaders))
         answers = dict(zip(asked, self._answers(path, clip, [numbers[i] for i in asked]), strict=True))
-        told = [answers[leader] for leader in leaders]
-        why = next((answer.why for answer in told if isinstance(answer, Failed)), "")
-        sentences = [None if isinstance(answer, Failed) else answer for answer in told]
+        given = [answers[leader] for leader in leaders]
+        why = next((answer.why for answer in given if isinstance(answer, Failed)), "")
+        sentences = [None if isinstance(answer, Failed) else answer for answer in given]
         return dict(zip(numbers, sentences, strict=True)), _note(sentences, why)
 
     def _answers(self, path: str, clip: Clip, numbers: Sequence[int]) -> list[str | Failed]:
@@ -120,4 +120,4 @@ class Narrator:
 
 def _note(sentences: Sequence[str | None], why: str = "") -> str:
     missing = list(sentences).count(None)
-    return f"{missing} of {len(sentences)} frames {UNTOLD}{f' ({why})' if why else ''}" if missing else ""
+    return f"{missing} of {len(sentences)} frames {NO_SENTENCE}{f' ({why})' if why else ''}" if missing else ""
