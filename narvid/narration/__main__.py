@@ -1,12 +1,14 @@
-"""python -m narvid.narration COMMAND: narrate a folder of frames, check a narration file, convert a published one."""
+"""python -m narvid.narration COMMAND: narrate a folder of frames, check a narration file, convert a published one;
+requests and answers: the same as `narrate` through the batch files of an engine."""
 
 import sys
 
 from narvid import InputError
 from narvid.flags import command
-from narvid.narration import check, convert, narrate
+from narvid.narration import batches, check, convert, narrate
 
-COMMANDS = {"narrate": narrate.main, "check": check.main, "convert": convert.main}
+COMMANDS = {"narrate": narrate.main, "requests": batches.requests, "answers": batches.answers, "check": check.main,
+            "convert": convert.main}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What of a narration file is done: the journals of the shards that make it, and the file that is made of them.
 
-A shard appends every sentence at once to its own journal, <OUT>.parts/<shard>-of-<n>.jsonl, one captioned frame a line:
+A shard appends every sentence at once to its own journal, <OUT>.parts/<shard>-of-<n>.jsonl, and answers to batch files
+(batches.py) go to <set>-of-batch.jsonl, one captioned frame a line:
   {"video", "time": of that frame, "shared": [times of the frames that share its sentence], "text" or "why" there is
   none, "kind": of answers.KINDS, left out for a whole sentence, "again": how often it was asked again, if it was,
   "captioner", "prompt"}
@@ -34,6 +35,11 @@ class Shard(NamedTuple):
     index: int
     n: int
     shows: bool
+
+    @property
+    def journal(self) -> str:
+        """The name of its journal."""
+        return f"{self.index + 1}-of-{self.n}"
 
 
 class Answer(NamedTuple):
@@ -110,11 +116,9 @@ def read_known(out: Path, maker: tuple[str, str] | None) -> Known:
         made = entry["captioner"], entry["prompt"]
         if "text" in entry:
             known = _same_maker(known, made, where)
-            said = Cut(entry["text"]) if entry.get("kind") == "cut" else entry["text"]
-        elif known.maker in (None, made):
-            said = Failed(entry["why"], entry.get("kind", "failed"))
-        else:
+        elif known.maker not in (None, made):
             continue
+        said = said_in(entry)
         for moment in map(float, (entry["time"], *entry["shared"])):
             _add(known, superseded, entry["video"], moment, Answer(said, entry.get("again", 0), where))
     if out.exists():
@@ -133,6 +137,13 @@ def _entries(out: Path) -> Iterator[tuple[str, dict]]:
             if not _is_entry(entry):
                 raise InputError(f"{path}:{line}: no line of a journal; {MEND}")
             yield f"{path}:{line}", entry
+
+
+def said_in(entry: dict) -> str | Failed:
+    """What a journal's line holds."""
+    if "text" not in entry:
+        return Failed(entry["why"], entry.get("kind", "failed"))
+    return Cut(entry["text"]) if entry.get("kind") == "cut" else entry["text"]
 
 
 def _is_entry(entry: dict) -> bool:
@@ -179,9 +190,9 @@ def check_times(out: Path, known: Known, times: Mapping[str, list[float]]) -> No
 
 
 @contextmanager
-def open_journal(out: Path, shard: Shard) -> Iterator[TextIO]:
-    """This shard's journal, to append to: no second process has it, and its torn last line is cut off."""
-    path = parts_folder(out) / f"{shard.index + 1}-of-{shard.n}.jsonl"
+def open_journal(out: Path, name: str) -> Iterator[TextIO]:
+    """A shard's journal, to append to: no second process has it, and its torn last line is cut off."""
+    path = parts_folder(out) / f"{name}.jsonl"
     with lock(path.parent, f".{path.stem}.lock"), appending(path) as journal:
         yield journal
 

@@ -18,8 +18,9 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple, TextIO
 
 from narvid import InputError
@@ -28,11 +29,14 @@ from narvid.files import read_bytes
 from narvid.flags import Parser, count, number, positive, positive_float
 from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal, kind_of
 from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
-from narvid.narration.chat_server import ServerCaptioner
+from narvid.narration.chat_server import REQUESTS, ServerCaptioner
 from narvid.narration.journals import (Answer, Known, Shard, append, check_times, failed_file, made_by, my_shard,
                                        one_at_a_time, open_journal, read_known, write_out)
 from narvid.narration.pictures import SAME_FRAME, check_sees, distance, distinct_frames, made_pictures, thumbnail
 from narvid.progress import tqdm
+
+
+FRAMES = 16  # that a local model captions at once
 
 
 class Job(NamedTuple):
@@ -117,23 +121,28 @@ def caption_all(jobs: Sequence[Job], captioner: Captioner, journal: TextIO, make
 def answered(jobs: Sequence[Job], captioner: Captioner, *, batch_size: int,
              threads: int) -> Iterator[tuple[Job, str | Failed]]:
     """(job, answer) as they come: batches one after the other for a model, many requests at once for a server."""
-    pool = ThreadPoolExecutor(threads)
-    running = {}
+    pool, done, running = ThreadPoolExecutor(threads), SimpleQueue(), {}
     try:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            running[pool.submit(caption_batch, captioner, batch)] = batch
+            future = pool.submit(caption_batch, captioner, batch)
+            running[future] = batch
+            future.add_done_callback(done.put)  # to look at all that run each time one is done would cost more
             while len(running) == threads or (running and start + batch_size >= len(jobs)):
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield from zip(running.pop(future), future.result(), strict=True)
+                future = done.get()
+                yield from zip(running.pop(future), future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def caption_batch(captioner: Captioner, batch: Sequence[Job]) -> list[str | Failed]:
     """Read the frames of a batch and caption them; asked again, a sampled frame has other random numbers."""
-    keys = [f"{job.video} {job.time}" + f" again {job.again}" * bool(job.again) for job in batch]
-    return captioner.caption([read_picture(job.path) for job in batch], keys)
+    return captioner.caption([read_picture(job.path) for job in batch], [key_of(job) for job in batch])
+
+
+def key_of(job: Job) -> str:
+    """What a sampled frame's random numbers come from."""
+    return f"{job.video} {job.time}" + f" again {job.again}" * bool(job.again)
 
 
 def read_picture(path: Path) -> bytes:
@@ -164,6 +173,32 @@ def kinds(text: str) -> list[str]:
     return names
 
 
+def which_frames(group: argparse._ArgumentGroup) -> None:
+    """The flags that say which frames are asked about."""
+    group.add_argument("--list", type=Path, nargs="+", metavar="JSONL", help="only the videos in these split files")
+    group.add_argument("--max_frames", type=positive, metavar="K", help="only the K frames that training picks")
+    group.add_argument("--same_frame", type=number, default=SAME_FRAME, metavar="LEVELS",
+                       help="a frame whose 16 x 16 grey cells all differ by less than this (of 255) from the last "
+                            "captioned one shares its sentence; 0: none does")
+
+
+def how_to_ask(group: argparse._ArgumentGroup) -> None:
+    """The flags that say what is asked about a frame, and how an answer is decoded."""
+    group.add_argument("--prompt", help="A, B or C of Table 7, or a text of your own; C if not given")
+    group.add_argument("--max_new_tokens", type=positive, default=MAX_NEW_TOKENS, help="CLIP reads 77 at most")
+    group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    group.add_argument("--sampling_temperature", type=positive_float, default=0.2, help="of --sample")
+    group.add_argument("--captioner_seed", type=count, default=0, help="of --sample, with each frame's video and time")
+
+
+def what_to_ask_again(group: argparse._ArgumentGroup) -> None:
+    """The flag that says which frames are asked about once more."""
+    group.add_argument("--again", type=kinds, metavar="KINDS",
+                       help="frames to ask about once more, by what they got: " +
+                            "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()) +
+                            "; such as refused,empty. If not given: every frame without a sentence")
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, those that exclude each other refused."""
     parser = Parser(prog="python -m narvid.narration narrate", allow_abbrev=False,
@@ -171,20 +206,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("frames")
     group.add_argument("--frames", type=Path, required=True, metavar="DIR", help="frame folder, of extract_frames.py")
     group.add_argument("--out", type=Path, required=True, metavar="JSONL", help="the narration file; kept and added to")
-    group.add_argument("--list", type=Path, nargs="+", metavar="JSONL", help="only the videos in these split files")
-    group.add_argument("--max_frames", type=positive, metavar="K", help="only the K frames that training picks")
-    group.add_argument("--same_frame", type=number, default=SAME_FRAME, metavar="LEVELS",
-                       help="a frame whose 16 x 16 grey cells all differ by less than this (of 255) from the last "
-                            "captioned one shares its sentence; 0: none does")
+    which_frames(group)
     group = parser.add_argument_group("captioner")
     group.add_argument("--captioner", default=DEFAULT_MODEL, metavar="NAME", help="hub name or folder of a model")
     group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="bf16 on a GPU and fp32 without, if not given")
     group.add_argument("--load_4bit", action="store_true", help="4-bit weights (bitsandbytes, GPU)")
-    group.add_argument("--prompt", help="A, B or C of Table 7, or a text of your own; C if not given")
-    group.add_argument("--max_new_tokens", type=positive, default=MAX_NEW_TOKENS, help="CLIP reads 77 at most")
-    group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    group.add_argument("--sampling_temperature", type=positive_float, default=0.2, help="of --sample")
-    group.add_argument("--captioner_seed", type=count, default=0, help="of --sample, with each frame's video and time")
+    how_to_ask(group)
     group = parser.add_argument_group("server, in place of --captioner")
     group.add_argument("--server", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
     group.add_argument("--model", metavar="NAME", help="the server's name for its model")
@@ -193,13 +220,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--timeout", type=positive_float, default=60.0, help="of a request, in seconds")
     group.add_argument("--requests_per_second", type=positive_float, help="at most; no limit if not given")
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=positive, default=16, help="frames at once; for a server: requests at once")
+    group.add_argument("--batch_size", type=positive, help=f"frames at once, {FRAMES} if not given; for a server: "
+                                                           f"requests under way, {REQUESTS} if not given")
     group.add_argument("--shard", metavar="I/N", help="do part I of N; a Slurm array and torchrun are understood as is")
     group.add_argument("--merge", action="store_true", help="caption nothing; write OUT from what the shards have done")
-    group.add_argument("--again", type=kinds, metavar="KINDS",
-                       help="frames to ask about once more, by what they got: " +
-                            "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()) +
-                            "; such as refused,empty. If not given: every frame without a sentence")
+    what_to_ask_again(group)
     args = parser.parse_args(argv)
     if args.merge and args.again:
         parser.error("--again captions and --merge does not: run the shards with --again, then --merge")
@@ -207,17 +232,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--server and --model go together")
     if args.server and (args.captioner != DEFAULT_MODEL or args.dtype or args.load_4bit):
         parser.error("--captioner, --dtype and --load_4bit do not go with --server")
+    args.batch_size = args.batch_size or (REQUESTS if args.server else FRAMES)
     return args
 
 
 def make_captioner(args: argparse.Namespace) -> Captioner:
     """The captioner that the flags describe."""
-    decoding = {"max_new_tokens": args.max_new_tokens, "seed": args.captioner_seed,
-                "temperature": args.sampling_temperature if args.sample else None}
     if args.server:
-        return ServerCaptioner(args.server, args.model, args.prompt, **decoding, api_key_env=args.api_key_env,
+        return ServerCaptioner(args.server, args.model, args.prompt, **decoding(args), api_key_env=args.api_key_env,
                                retries=args.retries, timeout=args.timeout, requests_per_second=args.requests_per_second)
-    return LocalCaptioner(args.captioner, args.prompt, **decoding, dtype=args.dtype, load_4bit=args.load_4bit)
+    return LocalCaptioner(args.captioner, args.prompt, **decoding(args), dtype=args.dtype, load_4bit=args.load_4bit)
+
+
+def decoding(args: argparse.Namespace) -> dict:
+    """How tokens are chosen, as captioners take it."""
+    return {"max_new_tokens": args.max_new_tokens, "seed": args.captioner_seed,
+            "temperature": args.sampling_temperature if args.sample else None}
 
 
 def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: Mapping[str, list[int]],
@@ -229,7 +259,7 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
     maker = label(captioner, args)
     known = read_known(args.out, maker)
     check_times(args.out, known, times)
-    with open_journal(args.out, shard) as journal:
+    with open_journal(args.out, shard.journal) as journal:
         jobs = plan(args, times, wanted, known, shard)
         shared = sum(len(job.shared) for job in jobs)
         mine = list(wanted)[shard.index :: shard.n]
@@ -280,12 +310,17 @@ def finish(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: M
         print(f"shard {shard.index + 1}/{shard.n} done; waiting for shards {numbers}; the last to end writes OUT; if "
               "none has, run this with --merge when all have ended")
         return
-    counts = write_out(args.out, known, times)
+    write_whole(args.out, known, times)
+
+
+def write_whole(out: Path, known: Known, times: Mapping[str, list[float]]) -> None:
+    """Write OUT and say what it holds; InputError where that is nothing."""
+    counts = write_out(out, known, times)
     texts = [known.texts(video) for video in known.answers]
-    print(f"{args.out}: {sum(map(bool, texts))} videos, {sum(map(len, texts))} sentences")
-    report(counts, failed_file(args.out))
+    print(f"{out}: {sum(map(bool, texts))} videos, {sum(map(len, texts))} sentences")
+    report(counts, failed_file(out))
     if not any(texts):
-        raise InputError(f"not one frame got a sentence; {failed_file(args.out)} says why")
+        raise InputError(f"not one frame got a sentence; {failed_file(out)} says why")
 
 
 def report(counts: Counter[tuple[str, bool]], listed: Path) -> None:

@@ -410,6 +410,104 @@ def test_an_answer_that_trickles_for_ever_ends_in_time(server):
     assert "no whole answer within 0.3 s" in answer.why and time.monotonic() - start < 3
 
 
+class Lasting(Server):
+    """A server that keeps connections open, and counts them; `close`: after an answer, without having said so."""
+
+    def __init__(self):
+        super().__init__()
+        self.http.RequestHandlerClass.protocol_version = "HTTP/1.1"
+        self.connections, self.close = set(), False
+
+    def handle(self, request):
+        self.connections.add(request.client_address)
+        whole = self.answer
+        self.answer = lambda picture: self._measured(whole(picture))
+        try:
+            super().handle(request)
+        finally:
+            self.answer = whole
+        if self.close:
+            request.close_connection = True
+
+    def _measured(self, answer):
+        self.headers = {"content-length": str(len(answer[2].encode()))}
+        return answer
+
+
+@pytest.fixture
+def lasting():
+    server = Lasting()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_a_connection_serves_many_requests_and_one_that_was_closed_is_opened_anew(lasting):
+    picture = made_pictures()[0]
+    asked = ServerCaptioner(lasting.url, "m", retries=0)
+    assert asked.caption([picture] * 4) == [sentence_of(picture)] * 4 and len(lasting.connections) == 1
+    lasting.close = True
+    for _ in range(3):
+        assert asked.caption([picture]) == [sentence_of(picture)]
+        time.sleep(0.05)  # until the client can see that the connection has ended
+    assert len(lasting.connections) == 3 and lasting.asked.total() == 7
+
+
+def test_many_requests_are_under_way_if_nothing_else_is_said(tmp_path, server):
+    frames = make_frames(tmp_path / "frames", {"a": 80})
+    ours, end = set(expected_of(frames, {"a": 80})["a"]), time.monotonic() + 10
+    server.http.socket.listen(128)
+
+    def patient(picture):
+        while sentence_of(picture) in ours and server.most < 64 and time.monotonic() < end:
+            time.sleep(0.01)
+        return chat(sentence_of(picture))
+
+    server.answer = patient
+    narration.main(["narrate", "--frames", str(frames), "--out", str(tmp_path / "n.jsonl"), "--server", server.url,
+                    "--model", "m"])
+    assert server.most == 64
+
+
+def test_through_a_proxy_that_wants_a_password(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:se%20cret@"))
+    monkeypatch.setenv("no_proxy", "")
+    picture = made_pictures()[0]
+    assert ServerCaptioner("http://captions.example/v1", "m").caption([picture]) == [sentence_of(picture)]
+    path, headers, _ = server.bodies[-1]
+    assert path == "http://captions.example/v1/chat/completions" and headers["host"] == "captions.example"
+    assert base64.b64decode(headers["proxy-authorization"].removeprefix("Basic ")) == b"me:se cret"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert ServerCaptioner(server.url, "m").caption([picture]) == [sentence_of(picture)]
+    assert server.bodies[-1][0] == "/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "socks5://me:secret@host:1")
+    with pytest.raises(InputError, match="only http:// proxies") as refused:
+        ServerCaptioner("http://captions.example/v1", "m")
+    assert "secret" not in str(refused.value)
+
+
+def test_an_address_that_has_moved_is_said(server):
+    server.answer = lambda picture: (308, "text/plain", "")
+    server.headers = {"location": "https://elsewhere/v1"}
+    [answer] = ServerCaptioner(server.url, "m").caption([made_pictures()[0]])
+    assert "308: it has moved to 'https://elsewhere/v1'" in answer.why
+
+
+def test_an_answer_without_end_is_none(server):
+    server.answer = lambda picture: (200, "application/json", " " * (2**24 + 2))
+    [answer] = ServerCaptioner(server.url, "m", retries=0).caption([made_pictures()[0]])
+    assert "longer than 16 MiB" in answer.why
+
+
+@pytest.mark.parametrize("url, path", [
+    ("/v1?key=a", "/v1/chat/completions?key=a"), ("?key=a", "/v1/chat/completions?key=a"),
+    ("/api/v1/chat/completions?version=1", "/api/v1/chat/completions?version=1"), ("/v1/", "/v1/chat/completions"),
+])
+def test_what_stands_behind_an_address_stays_there(server, url, path):
+    ServerCaptioner(server.url + url, "m").caption([made_pictures()[0]])
+    assert server.bodies[-1][0] == path
+
+
 # ---- torn and broken journals ----
 
 

@@ -745,7 +745,6 @@ def test_a_captioner_that_is_down_or_blind_stops_the_run(tmp_path, videos):
 @pytest.fixture
 def server():
     """The captioning server of the narration's tests."""
-    pytest.importorskip("openai")
     from test_narrate import Server
 
     server = Server()

@@ -1,0 +1,373 @@
+"""Narration through batch files, the form that OpenAI's Batch API, `vllm run-batch` and hosted services read.
+
+  python -m narvid.narration requests FRAMES --out DIR --model NAME
+  vllm run-batch -i DIR/requests-00001.jsonl -o DIR/answers/00001.jsonl --model NAME          or any other engine
+  python -m narvid.narration answers DIR --out narrations.jsonl
+
+DIR holds one set of requests and never another: set.json (what is asked, and of whom), jobs.jsonl (a request's frame,
+and the frames that share its sentence) and requests-NNNNN.jsonl. Every request is named after its set, so an answer to
+another set is known. What comes back is put into DIR/answers/, in any order, as often as one likes. `answers` appends
+it to a journal of OUT's (journals.py) before it writes OUT, so a kill costs nothing; the same command continues.
+Here: these files. Not here: what is asked and what an answer is worth (chat.py), which frames (narrate.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from narvid import InputError
+from narvid.data.frames import check_jpg, load_frame_index
+from narvid.files import lock, read_json, read_json_lines, read_lines, walk, write_json, write_json_lines, writing
+from narvid.flags import Parser, positive, positive_float
+from narvid.narration.answers import KINDS, Failed, kind_of
+from narvid.narration.chat import INSTEAD, Chat, data_url, message_of
+from narvid.narration.journals import (Answer, Known, Shard, append, check_times, one_at_a_time, open_journal,
+                                       read_known, said_in)
+from narvid.narration.narrate import (Job, decoding, how_to_ask, key_of, label, plan, read_picture, wanted_frames,
+                                      what_to_ask_again, which_frames, write_whole)
+from narvid.narration.pictures import check_sees, made_pictures
+from narvid.parsing import parse_json
+from narvid.progress import tqdm
+
+REQUESTS, MEGABYTES = 50_000, 200  # of a file, the most that OpenAI takes; MB of a million bytes
+URL = "/v1/chat/completions"
+CHECKS = ("check-1", "check-2")  # requests about made pictures: different ones must get different answers
+AGAIN = "write the requests again, into another folder"
+UNANSWERED = Failed("no answer came back")
+
+
+class Line(NamedTuple):
+    """One request: its name, what of its JSON stands before and behind the picture's address, and how long it is."""
+
+    name: str
+    before: bytes
+    after: bytes
+    job: Job | None  # None: a made picture
+    picture: int  # of made_pictures
+    size: int
+
+
+# ---- requests ----
+
+
+def requests(argv: Sequence[str] | None = None) -> None:
+    """`requests`: write a set of request files about the frames that have no sentence yet."""
+    args = _request_flags(argv)
+    chat = Chat(args.model, args.prompt, shown=args.model, without=args.without, **decoding(args))
+    times = load_frame_index(args.frames)
+    wanted = wanted_frames(args, times)
+    maker = label(chat, args)
+    known = Known(maker, {})
+    if args.narrations:
+        known = read_known(args.narrations, maker)
+        check_times(args.narrations, known, times)
+    jobs = plan(args, times, wanted, known, Shard(0, 1, True))
+    if not jobs:
+        print(f"nothing to ask: every frame has a sentence in {args.narrations}, or its kind is not in --again")
+        return
+    with lock(args.out):
+        files = write_set(args, chat, maker, jobs)
+    shared = sum(len(job.shared) for job in jobs)
+    print(f"{args.out}: {len(jobs)} requests in {len(files)} files, {sum(files.values()) / 1e6:.1f} MB; {shared} frames "
+          f"share a neighbour's sentence ({shared / (len(jobs) + shared):.1%}); {maker[0]}")
+    allowed = f" --allowed-local-media-path {Path(args.frames).absolute()}" if args.pictures == "file" else ""
+    first = args.out / next(iter(files))
+    print(f"put what comes back into {args.out / 'answers'}, such as by\n  vllm run-batch -i {first} -o "
+          f"{args.out / 'answers' / first.name} --model {args.model}{allowed}\nthen python -m narvid.narration answers "
+          f"{args.out} --out {args.narrations or 'narrations.jsonl'}")
+
+
+def _request_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m narvid.narration requests", allow_abbrev=False,
+                    description="Write batch files that ask about frames.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("frames", type=Path, help="frame folder, of extract_frames.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this set")
+    group = parser.add_argument_group("frames")
+    group.add_argument("--narrations", type=Path, metavar="JSONL",
+                       help="where the answers will go: what it has already is not asked")
+    which_frames(group)
+    what_to_ask_again(group)
+    group = parser.add_argument_group("request")
+    group.add_argument("--model", required=True, metavar="NAME", help="the engine's name for its model")
+    how_to_ask(group)
+    group.add_argument("--without", type=_without, default=[], metavar="NAMES",
+                       help="parameters that the model does not take, such as max_tokens,temperature: " +
+                            "; ".join(f"{name}: {what}" for name, what in INSTEAD.items()))
+    group.add_argument("--pictures", choices=("base64", "file"), default="base64",
+                       help="base64: each picture stands in its request; file: its path (vllm run-batch "
+                            "--allowed-local-media-path, on a machine that has the frames at the same place)")
+    group.add_argument("--file_requests", type=positive, default=REQUESTS, help="of a file, at most")
+    group.add_argument("--file_mb", type=positive_float, default=MEGABYTES, help="of a file, at most")
+    return parser.parse_args(argv)
+
+
+def _without(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in INSTEAD]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(INSTEAD)}")
+    return sorted(names)
+
+
+def write_set(args: argparse.Namespace, chat: Chat, maker: tuple[str, str], jobs: Sequence[Job]) -> dict[str, int]:
+    """Write a set's files, those that a kill left out alone -> {name: bytes} of its request files.
+
+    InputError where the folder holds another set, a picture is not whole, or one request is larger than a file may be.
+    """
+    name = _name_of(args, maker, jobs)
+    before = read_set(args.out) if (args.out / "set.json").exists() else None
+    if before and before["set"] != name:
+        raise InputError(f"{args.out}: holds another set of requests, whose answers may still come; name another "
+                         "folder")
+    lines = list(_lines(args, chat, name, jobs))
+    files = _files(lines, args)
+    if before is None:  # the last of all but the files: what it names is whole
+        file_of = {line.name: file for file, of_file in files.items() for line in of_file}
+        write_json_lines(args.out / "jobs.jsonl", (
+            {"id": line.name, "video": line.job.video, "time": line.job.time, "shared": line.job.shared,
+             "again": line.job.again, "file": file_of[line.name]} for line in lines if line.job))
+        write_json(args.out / "set.json", {
+            "set": name, "frames": str(args.frames), "captioner": maker[0], "model": args.model, "prompt": maker[1],
+            "without": args.without, "requests": len(jobs), **decoding(args)})
+    with tqdm(total=len(lines), desc="requests", unit="request", disable=len(lines) < 1000) as bar:
+        for file, of_file in files.items():
+            if not (args.out / file).exists():
+                with writing(args.out / file, binary=True) as out:
+                    for line in of_file:
+                        out.write(b"".join((line.before, _address(line, args), line.after)))
+                        bar.update()
+            else:
+                bar.update(len(of_file))
+    return {file: sum(line.size for line in of_file) for file, of_file in files.items()}
+
+
+def _name_of(args: argparse.Namespace, maker: tuple[str, str], jobs: Sequence[Job]) -> str:
+    """12 hex digits of all that is asked: other flags, frames or pictures make another set."""
+    digest = hashlib.blake2b(json.dumps([*maker, args.model, args.pictures, args.file_requests, args.file_mb]).encode(),
+                             digest_size=6)
+    for job in tqdm(jobs, desc="check frames", unit="frame", disable=len(jobs) < 10000):
+        digest.update(json.dumps([job.video, job.time, job.shared, job.again]).encode() + check_jpg(job.path))
+    return digest.hexdigest()
+
+
+def _lines(args: argparse.Namespace, chat: Chat, name: str, jobs: Sequence[Job]) -> Iterator[Line]:
+    """The requests of a set, the two about made pictures first."""
+    mark = b"\x00"  # where the picture's address comes; JSON holds no such byte
+    of_check = [(f"{name}-{check}", None, number, None) for number, check in enumerate(CHECKS)]
+    of_jobs = [(f"{name}-{number:08d}", job, 0, key_of(job)) for number, job in enumerate(jobs)]
+    for request, job, picture, key in (*of_check, *of_jobs):
+        envelope = json.dumps({"custom_id": request, "method": "POST", "url": URL}).encode()
+        before, after = (envelope[:-1] + b', "body": ' + chat.body(mark, key) + b"}\n").split(mark)
+        line = Line(request, before, after, job, picture, 0)
+        yield line._replace(size=len(before) + len(after) + _address_length(line, args))
+
+
+def _address(line: Line, args: argparse.Namespace) -> bytes:
+    """A picture as its request has it."""
+    if line.job is None:
+        return data_url(made_pictures()[line.picture])
+    if args.pictures == "base64":
+        return data_url(read_picture(line.job.path))
+    return line.job.path.absolute().as_uri().encode()
+
+
+def _address_length(line: Line, args: argparse.Namespace) -> int:
+    if args.pictures == "base64" and line.job:
+        return len(data_url(b"")) + -(-line.job.path.stat().st_size // 3) * 4
+    return len(_address(line, args))
+
+
+def _files(lines: Sequence[Line], args: argparse.Namespace) -> dict[str, list[Line]]:
+    """File name -> its requests, as many as a file may hold."""
+    files, size, most = [], 0, int(args.file_mb * 1e6)
+    for line in lines:
+        if line.size > most:
+            what = line.job.path if line.job else "a made picture"
+            raise InputError(f"{what}: its request has {line.size / 1e6:.2f} MB, more than --file_mb {args.file_mb:g}")
+        if not files or size + line.size > most or len(files[-1]) == args.file_requests:
+            files.append([])
+            size = 0
+        files[-1].append(line)
+        size += line.size
+    return {f"requests-{number:05d}.jsonl": of_file for number, of_file in enumerate(files, 1)}
+
+
+# ---- what is on disk ----
+
+
+def read_set(folder: Path) -> dict:
+    """A folder's set.json; InputError where it is none."""
+    path = folder / "set.json"
+    if not path.exists():
+        raise InputError(f"{path} is missing: write the requests with `python -m narvid.narration requests`")
+    entry = read_json(path, dict, advice=AGAIN)
+    texts = [entry.get(name) for name in ("set", "frames", "captioner", "model", "prompt")]
+    numbers = [entry.get(name) for name in ("requests", "max_new_tokens", "seed")]
+    without, temperature = entry.get("without"), entry.get("temperature")
+    if not (all(isinstance(text, str) and text or text == "" for text in texts) and entry["set"]
+            and all(type(n) is int for n in numbers) and type(temperature) in (int, float, type(None))
+            and isinstance(without, list) and all(name in tuple(INSTEAD) for name in without)):
+        raise InputError(f"{path}: is not what `requests` writes; {AGAIN}")
+    return entry
+
+
+def read_jobs(folder: Path, of_set: dict) -> dict[str, dict]:
+    """Request -> its line of jobs.jsonl."""
+    path, jobs = folder / "jobs.jsonl", {}
+    for number, entry in read_json_lines(path, advice=AGAIN):
+        texts = [entry.get(name) for name in ("id", "video", "file")]
+        shared = entry.get("shared")
+        times = [entry.get("time"), *shared] if isinstance(shared, list) else [None]
+        if not (all(isinstance(text, str) for text in texts) and type(entry.get("again")) is int
+                and all(type(time) in (int, float) and 0 <= time < 1e9 for time in times)):
+            raise InputError(f"{path}:{number}: no line that `requests` writes; {AGAIN}")
+        jobs[entry["id"]] = entry
+    if len(jobs) != of_set["requests"]:
+        raise InputError(f"{path}: has {len(jobs)} requests, and set.json says {of_set['requests']}; {AGAIN}")
+    return jobs
+
+
+# ---- answers ----
+
+
+class Came(NamedTuple):
+    """What came back: request -> its best answer, and how many lines were repeats or could not be read."""
+
+    said: dict[str, str | Failed]
+    repeats: int
+    unreadable: list[str]  # file and line of each
+
+
+def read_answers(folder: Path, of_set: dict, jobs: Mapping[str, dict], chat: Chat) -> Came:
+    """All files of DIR/answers; InputError where one answers another set, or there is none.
+
+    Of several answers to a request a sentence counts before half of one, that before a refusal, that before none.
+    """
+    names = {*jobs, *(f"{of_set['set']}-{check}" for check in CHECKS)}
+    said, repeats, unreadable = {}, 0, []
+    for path in _answer_files(folder / "answers"):
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = parse_json(line, path, line=number)
+                request = entry.get("custom_id") if isinstance(entry, dict) else None
+            except InputError:  # an engine that was killed, or writes at this moment
+                request = None
+            if not isinstance(request, str):
+                unreadable.append(f"{path}:{number}")
+                continue
+            if request not in names:
+                raise InputError(f"{path}:{number}: answers {request[:60]!r}, which is no request of {folder} (its set "
+                                 f"is {of_set['set']}); take that file away, it belongs to another set")
+            answer = _of_entry(entry, chat)
+            repeats += request in said
+            if request not in said or Answer(answer, 0, "").rank > Answer(said[request], 0, "").rank:
+                said[request] = answer
+    return Came(said, repeats, unreadable)
+
+
+def _answer_files(folder: Path) -> list[Path]:
+    files = [Path(parent, name) for parent, names in walk(folder) for name in names
+             if name.endswith((".jsonl", ".json"))] if folder.is_dir() else []
+    if not files:
+        raise InputError(f"{folder}: no answers there; put the files that came back into it (*.jsonl)")
+    return files
+
+
+def _of_entry(entry: dict, chat: Chat) -> str | Failed:
+    """What one line of an answer file says."""
+    response, error = entry.get("response"), entry.get("error")
+    if isinstance(response, dict) and response.get("body") is not None:
+        status = response.get("status_code", 200)
+        return chat.answer(status if type(status) is int else 400, response["body"])
+    error = {"message": error} if isinstance(error, str) else error
+    error = error.get("error") or error if isinstance(error, dict) else {}
+    code = error.get("code") if isinstance(error, dict) else None
+    return chat.failed(message_of(error) if error else "the line has neither an answer nor an error", code)
+
+
+def answers(argv: Sequence[str] | None = None) -> None:
+    """`answers`: take in what came back and, if nothing is awaited, write the narration file."""
+    parser = Parser(prog="python -m narvid.narration answers", allow_abbrev=False,
+                    description="Read what came back for the requests of a folder.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `requests` wrote; answers lie in DIR/answers")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="narration file, kept and added to")
+    parser.add_argument("--frames", type=Path, metavar="DIR", help="where the frames lie now, if they have moved")
+    parser.add_argument("--give_up", action="store_true", help="requests without an answer count as failed")
+    args = parser.parse_args(argv)
+    of_set = read_set(args.folder)
+    chat = Chat(of_set["model"], of_set["prompt"], shown=of_set["model"], without=of_set["without"],
+                **{name: of_set[name] for name in ("max_new_tokens", "temperature", "seed")})
+    jobs = read_jobs(args.folder, of_set)
+    times = load_frame_index(args.frames or of_set["frames"])
+    came = read_answers(args.folder, of_set, jobs, chat)
+    _check_sees(of_set, jobs, came.said)
+    maker = of_set["captioner"], of_set["prompt"]
+    with one_at_a_time(args.out):
+        known = read_known(args.out, maker)
+        check_times(args.out, known, times)
+        kinds, awaited = _take_in(args.out, of_set, jobs, came.said, known, maker, give_up=args.give_up)
+        _say(came, kinds, len(jobs))
+        if awaited:
+            where = ", ".join(f"{file} ({n})" for file, n in sorted(awaited.items())[:5])
+            print(f"{awaited.total()} requests have no answer yet, of {where}: put the rest into "
+                  f"{args.folder / 'answers'} and run this again, or add --give_up, then they count as failed; "
+                  f"{args.out} is not written")
+            return
+        write_whole(args.out, read_known(args.out, maker), times)
+
+
+def _take_in(out: Path, of_set: dict, jobs: Mapping[str, dict], said: Mapping[str, str | Failed], known: Known,
+             maker: tuple[str, str], *, give_up: bool) -> tuple[Counter[str], Counter[str]]:
+    """Append to the set's journal what it lacks -> (kinds of what is new, files of the requests that are awaited)."""
+    kinds, awaited, name = Counter(), Counter(), f"{of_set['set']}-of-batch"
+    with open_journal(out, name) as journal:
+        ours = {(entry["video"], float(entry["time"])): Answer(said_in(entry), entry.get("again", 0), "")
+                for _, entry in read_json_lines(journal.name, whole=True)}
+        for request, job in jobs.items():
+            place = job["video"], float(job["time"])
+            old = known.answers.get(place[0], {}).get(place[1])
+            if old is not None and old.rank[0] == 3:  # a whole sentence, of another set perhaps: nothing is better
+                continue
+            answer = said.get(request, UNANSWERED if give_up and place not in ours else None)
+            if answer is None:
+                awaited[job["file"]] += place not in ours
+            elif place not in ours or Answer(answer, job["again"], "").rank > ours[place].rank:
+                append(journal, maker, *place, job["shared"], answer, job["again"])
+                kinds[kind_of(answer)] += 1
+    return kinds, +awaited
+
+
+def _say(came: Came, kinds: Counter[str], requests: int) -> None:
+    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS)
+    print(f"{len(came.said)} of {requests + len(CHECKS)} requests are answered, {came.repeats} lines are repeats; new: "
+          f"{kinds.total()}, of them {counts}")
+    if came.unreadable:
+        print(f"{len(came.unreadable)} lines are no answers and do not count, such as {came.unreadable[0]}")
+
+
+class _Given:
+    """Answers that are there already, in a captioner's form."""
+
+    def __init__(self, of_label: str):
+        self.label = of_label
+
+    def caption(self, pictures: Sequence[str], keys: Sequence[str] | None = None) -> list[str]:
+        return list(pictures)
+
+
+def _check_sees(of_set: dict, jobs: Mapping[str, dict], said: Mapping[str, str | Failed]) -> None:
+    """As before a run of `narrate`: InputError where different pictures get one and the same sentence."""
+    made = [said.get(f"{of_set['set']}-{check}") for check in CHECKS]
+    of_videos = {job["video"]: said[name] for name, job in jobs.items() if isinstance(said.get(name), str)}
+    first, *others = of_videos.values() if len(of_videos) > 1 else [None]
+    pairs = [made, [first, next((other for other in others if other != first), first)]]
+    if pairs := [pair for pair in pairs if all(isinstance(answer, str) for answer in pair)]:
+        check_sees(_Given(of_set["captioner"]), pairs)
