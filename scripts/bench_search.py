@@ -252,7 +252,7 @@ def stored(source: Drawn, folder: Path, args: argparse.Namespace) -> tuple[Store
     for start in range(0, min(args.stored, len(source.ids)), BLOCK):
         videos = source.videos(source.ids[start:start + BLOCK])
         n = len(videos.mask)
-        store.put_file(f"{start}.mp4", 1, 1, 1.0, "", [(0.0, b"", None)], [(0.0, 1.0, [0])] * n,
+        store.put_file(f"{start}.mp4", 1, 1, 1.0, "", [(0, 0.0, b"", None)], [(0.0, 1.0, [0])] * n,
                        {name: x.numpy() for name, x in videos._asdict().items()}, np.zeros((n, 1), np.float32))
     return store, store.all_windows()
 

@@ -71,12 +71,12 @@ class Clip(NamedTuple):
     jpegs: list[bytes]
 
 
-def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE) -> Clip:
+def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE, jpegs: list | None = None) -> Clip:
     """A whole video file, its frames as scripts/extract_frames.py writes them: jpgs of the same size and quality.
 
-    Held in memory; InputError names a file that gives no frame.
+    jpegs: what they are appended to; None: a list, in memory. InputError names a file that gives no frame.
     """
-    times, jpegs, notes, end = [], [], [], 0.0
+    times, jpegs, notes, end = [], [] if jpegs is None else jpegs, [], 0.0
 
     def whole():
         nonlocal end

@@ -4,13 +4,17 @@
   store.py       the index on disk: what lies in that file, a transaction a video file
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
+  statistics.py  what scores are compared with: for Eq. 11, and what nonsense reaches; neutral.txt: queries for it
   engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
-  reading.py     which files, their frames as jpgs, windows; worker processes without torch
+  answers.py     an answer: a file with its best moment, in words, and why
+  reading.py     which files, windows; worker processes without torch
+  spool.py       a file read by such a process: its frames wait on disk
   sentences.py   the sentences of frames: a captioner, a narration file, or none
   build.py       folder of files -> index; goes on where it stopped, notices what has changed
   server.py      the page (page.html) and its JSON API
   guard.py       who may ask the server
   clips.py       which files a browser plays, and an mp4 of those it cannot
+  preview.py     a stretch of a file as an mp4 that plays while it is made
   __main__.py    the flags
 
 Nothing is imported here, so that a worker process that decodes needs no torch.

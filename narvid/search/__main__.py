@@ -14,8 +14,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from datetime import datetime
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,10 @@ from narvid.flags import Parser, command, count, number, positive, positive_floa
 from narvid.search.store import Store
 
 if TYPE_CHECKING:
-    from narvid.search.engine import Answer, Engine
+    from narvid.search.answers import Answers
+    from narvid.search.engine import Engine
 
+WIDEST = 60  # letters of a file name in a table
 # What needs torch is imported where it is used: --help and a mistaken flag do without it.
 
 
@@ -55,6 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--fps", type=positive_float, default=1.0, help="frames per second that are looked at [1]")
     add("--statistics_queries", metavar="FILE", help="queries, one a line, that stand for yours where Eq. 11 wants "
         "mean and deviation [the narration's own sentences]")
+    add("--check", choices=["content"], help="content: read every file whole, to find what changed and kept its size "
+        "and date [size and date]")
     add("--retry", action="store_true", help="once more what could not be read, or lacks a sentence")
 
     query = commands.add_parser("query", help="answers to a sentence, a file of them, a picture or a clip",
@@ -69,6 +74,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--folder", default="", help="only videos in this folder, relative to the indexed one")
     add("--min_seconds", type=number, default=0.0, help="only videos of this length or longer")
     add("--max_seconds", type=number, default=inf, help="only videos of this length or shorter")
+    add("--since", type=day, default=-inf, metavar="DATE", help="only videos of 2024-12-31 or later: recorded then, "
+        "where the file says it, else written then")
+    add("--until", type=day, default=inf, metavar="DATE", help="only videos of before that day")
+    add("--moments", action="store_true", help="every moment is an answer, not every file")
     add("--exact", action="store_true", help="score every window, not only stage one's candidates")
     add("--json", action="store_true", help="one JSON object a query, one a line")
 
@@ -126,16 +135,20 @@ def index_videos(args: argparse.Namespace) -> None:
                              clip_pretrained=in_full(args.clip_pretrained or "openai"), narration=narrated)
     report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
                     window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
+                    check_content=args.check == "content",
                     workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    print(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.unchanged} as "
-          f"before, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
+    moved = f" ({report.moved} moved or renamed)" if report.moved else ""
+    print(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.unchanged} as before"
+          f"{moved}, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
     print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
           f"{args.out}")
 
 
 def query_index(args: argparse.Namespace) -> None:
     """Print the answers to one query or many."""
-    same = {name: getattr(args, name) for name in ("top", "folder", "min_seconds", "max_seconds", "exact")}
+    names = ("top", "folder", "min_seconds", "max_seconds", "since", "until", "exact")
+    same = {name: getattr(args, name) for name in names}
+    same["one_a_file"] = not args.moments
     texts = read_queries(args.queries) if args.queries else [args.text]
     picture = read_bytes(args.picture) if args.picture else None
     with Store(args.index, read_only=True) as store:
@@ -156,8 +169,7 @@ def query_index(args: argparse.Namespace) -> None:
             found = zip(({"query": text} for text in texts), engine.search(texts, **same))
         for asked, answers in found:
             if args.json:
-                answers = [a._asdict() | {"frames": [frame._asdict() for frame in a.frames]} for a in answers]
-                print(json.dumps(asked | {"answers": answers}))
+                print(json.dumps(asked | {"fits": answers.fits, "answers": [a.as_dict() for a in answers]}))
             else:
                 print("\n".join(table(next(iter(asked.values())), answers)))
 
@@ -211,23 +223,35 @@ def read_bytes(path: Path) -> bytes:
         raise InputError(f"--picture {path} cannot be read ({error.strerror})") from error
 
 
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, the fraction cut off."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def day(text: str) -> float:
+    """A date, 2024-12-31 -> its midnight here, in seconds since 1970."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").timestamp()
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date of the form 2024-12-31") from error
 
 
-def table(asked: str, answers: Iterable[Answer]) -> Iterator[str]:
+def shortened(path: str) -> str:
+    """A path that would make a table too wide, without its middle."""
+    return path if len(path) <= WIDEST else f"{path[:WIDEST // 2 - 2]} .. {path[2 - WIDEST // 2:]}"
+
+
+def table(asked: str, answers: Answers) -> Iterator[str]:
     """The answers as lines of a table; below each what the filter kept, with its weight."""
+    from narvid.search.answers import clock
     from narvid.search.build import printable
 
-    rows = [(printable(answer.path), f"{clock(answer.start)}-{clock(answer.end)}", answer) for answer in answers]
+    rows = [(shortened(printable(a.path)), f"{clock(a.start)}-{clock(a.end)}", a) for a in answers]
     wide = max([len(path) for path, _, _ in rows] + [4])
-    yield printable(asked) + ("" if rows else ": no answer")
+    poor = ": nothing here fits well; these come nearest" if answers.fits is False else ""
+    yield printable(asked) + (poor if rows else ": no answer")
     if rows:
         yield f"{'rank':>5}  {'file':{wide}}  {'time':>13}  {'S_qv':>6}  {'S_qn':>6}  {'fused':>6}"
     for path, time, a in rows:
         s_narration = "" if a.s_narration is None else f"{a.s_narration:.3f}"
         yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {s_narration:>6}  {a.score:>6.2f}"
+        more = f", {a.more} more moments" if a.more else ""
+        yield f"{'':7}{printable(a.words)}{more}"
         kept = [f"{clock(f.time)} {f.frame_weight:.0%}" for f in a.frames if f.frame_weight > 0]
         yield f"{'':7}frames {', '.join(kept)}"
         for frame in (f for f in a.frames if f.sentence_weight > 0):

@@ -12,8 +12,9 @@ Shapes: K frames of a window and sentences of its narration, n windows, P number
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,13 +26,14 @@ from narvid import InputError, one_line
 from narvid.narration.captioners import Captioner
 from narvid.narration.pictures import SAME_FRAME, distinct_frames
 from narvid.data.frames import read_frames
-from narvid.data.videos import SHORT_SIDE, Clip, read_video
+from narvid.data.videos import SHORT_SIDE
 from narvid.progress import tqdm
 from narvid.search.database import NAME
-from narvid.search.engine import compute_statistics
-from narvid.search.reading import find_videos, join_alike, read_all, windows_of
+from narvid.search.reading import find_videos, join_alike, read_all
 from narvid.search.store import File, Store
 from narvid.search.sentences import NO_SENTENCE, Narrator
+from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
+from narvid.search.statistics import compute_statistics, measure_level
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
@@ -43,7 +45,7 @@ OURS = ("window", "fps", "short_side", "captioner", "prompt")  # settings that a
 
 class Report(NamedTuple):
     """Numbers of files: those that this run added, indexed again, forgot; those in the index that could not be read,
-    those that were as before; and of windows, all in all.
+    those that were as before, and those of them that lie elsewhere by now; and of windows, all in all.
     """
 
     added: int
@@ -52,6 +54,7 @@ class Report(NamedTuple):
     failed: int
     unchanged: int
     windows: int
+    moved: int = 0
 
 
 def update(
@@ -66,15 +69,18 @@ def update(
     short_side: int = SHORT_SIDE,
     statistics_queries: list[str] | None = None,
     retry: bool = False,
+    check_content: bool = False,
     workers: int = 0,
 ) -> Report:
     """Bring an index up to date with a folder of video files, or make it.
 
     captioner or narrations (a narration file): where sentences come from; neither: frames alone, which is said.
     window: seconds of video that are one answer. fps, short_side: of the frames, as in scripts/extract_frames.py.
-    statistics_queries: to measure the mean and standard deviation for Eq. 11; None: the engine takes its own.
-    retry: once more the files that could not be read or have frames without a sentence. workers: decoding processes, 0
-    for none; a script that gives some needs `if __name__ == "__main__"`.
+    statistics_queries: to measure the mean and standard deviation for Eq. 11, kept for later runs; None: those that are
+    kept, else the narration's sentences, else neutral ones. check_content: read every file, to find those that changed
+    without a change of size and date. A file that was moved or renamed is known by its content. retry: once more
+    the files that could not be read or have frames without a sentence. workers: decoding processes, 0 for none; a
+    script that gives some needs `if __name__ == "__main__"`.
     What cannot be read is printed, remembered and not tried again until the file has changed. InputError where the
     folder holds no video, the index was made in another way, the captioner fails or the disk does.
     """
@@ -88,17 +94,82 @@ def update(
         print(embedder.frames_alone)
     with open_index(Path(index), settings, narrator, embedder) as store:
         known = {file.path: file for file in store.files()}
+        moved = follow_moves(store, known, found, Path(settings["videos"]))
+        known = {file.path: file for file in store.files()}
         for path in (gone := known.keys() - found):
             store.remove_file(path)
-        todo = [path for path in found if is_due(known.get(path), found[path], narrator, path, retry)]
+        todo = [path for path in found if is_due(known.get(path), found[path], narrator, path, retry)
+                and not only_touched(store, known.get(path), found[path], narrator, Path(settings["videos"]))]
+        if check_content:
+            todo = sorted({*todo, *changed_content(known, found.keys() - set(todo), Path(settings["videos"]))},
+                          key=os.fsencode)
         index_files(store, todo, found, narrator, embedder, workers)
-        if store.count() and store.settings.get("measured_at") != store.change:
-            store.statistics = compute_statistics(store, embedder, statistics_queries)
-            store.update_settings(measured_at=store.change)
+        measure(store, embedder, statistics_queries)
         changed = len(known.keys() & set(todo))
         failed = sum(bool(file.why) for file in store.files())
         unchanged = sum(not known[path].why for path in found.keys() - set(todo))
-        return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count())
+        return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count(), moved)
+
+
+def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[int, int]], root: Path) -> int:
+    """Give files their new names in the index where one of the same content is gone; returns how many."""
+    lost, count = {}, 0
+    for path in known.keys() - found:
+        if known[path].content:
+            lost.setdefault(known[path].size, []).append(known[path])
+    for path in found.keys() - known:
+        candidates = lost.get(found[path][0])
+        if not candidates:
+            continue
+        try:
+            content = content_of(root / path)
+        except InputError:  # reading it says so
+            continue
+        if file := next((file for file in candidates if file.content == content), None):
+            candidates.remove(file)
+            store.move_file(file.path, path, found[path][1])
+            count += 1
+    return count
+
+
+def only_touched(store: Store, file: File | None, status: tuple[int, int], narrator: Narrator, root: Path) -> bool:
+    """Whether a file has another date and nothing else is new; the index then gets to know the date."""
+    if file is None or not file.content or file.why or file.size != status[0] or file.mtime_ns == status[1]:
+        return False
+    if file.narration != narrator.version(file.path):
+        return False
+    with suppress(InputError):
+        if content_of(root / file.path) == file.content:
+            store.touch_file(file.path, status[1])
+            return True
+    return False
+
+
+def changed_content(known: dict[str, File], paths: Iterable[str], root: Path) -> list[str]:
+    """Those of these files that do not hold what was indexed, or of which the index cannot say."""
+    changed = []
+    for path in tqdm(sorted(paths), "check content", unit=" files"):
+        if known[path].why:
+            continue
+        with suppress(InputError):
+            if content_of(root / path) == known[path].content:
+                continue
+        changed.append(path)
+    return changed
+
+
+def measure(store: Store, embedder: Embedder, queries: list[str] | None) -> None:
+    """What scores are standardised with and what a good one is, where files or queries have changed since."""
+    stored = store.fact("statistics_queries")
+    if not store.count() or (store.settings.get("measured_at") == store.change and queries in (None, stored)
+                             and store.fact("level_measured")):
+        return
+    queries = queries or stored
+    store.statistics = compute_statistics(store, embedder, queries)
+    store.set_fact("statistics_queries", queries)
+    store.set_fact("level", measure_level(store, embedder))
+    store.set_fact("level_measured", True)
+    store.update_settings(measured_at=store.change)
 
 
 def open_index(index: Path, settings: dict, narrator: Narrator, embedder: Embedder) -> Store:
@@ -150,27 +221,41 @@ def index_files(
     """Read, narrate, encode and store these files, one transaction each; those that cannot be read are printed."""
     settings = store.settings
     root = Path(settings["videos"])
-    read = partial(read_video, fps=settings["fps"], short_side=settings["short_side"])
-    with closing(read_all([str(root / path) for path in paths], read, workers)) as clips:
-        for path, clip in tqdm(zip(paths, clips, strict=True), "index", len(paths), unit=" files", disable=not paths):
+    folder = Path(store.path) / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if not paths:
+        return
+    folder.mkdir()
+    read = partial(read_file, folder=str(folder), fps=settings["fps"], short_side=settings["short_side"],
+                   window=settings["window"], max_frames=embedder.max_frames)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        clips = stack.enter_context(closing(read_all([str(root / path) for path in paths], read, workers)))
+        for path, clip in tqdm(zip(paths, clips, strict=True), "index", len(paths), unit=" files"):
             if isinstance(clip, InputError):
                 why = str(clip).replace(one_line(str(root / path)), one_line(path))
                 tqdm.write(f"skipped: {printable(why)}")
                 store.fail_file(path, *status[path], why)
-                continue
-            windows = windows_of(clip, settings["window"], settings["fps"], embedder.max_frames)
-            picked = sorted({number for _, _, picks in windows for number in picks})
-            sentences, note = narrator.sentences_of(path, clip, picked)
-            if narrator.settings["captioner"] != store.settings["captioner"]:  # the server refused a parameter
-                store.update_settings(**narrator.settings)
-            leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in picked], SAME_FRAME)
-            seen = dict(zip(picked, leaders, strict=True))
-            windows = join_alike(windows, lambda n, seen=seen, sentences=sentences: (seen[n], sentences[n]))
-            features, pooled = encode(clip, windows, None if narrator.is_silent else sentences, embedder)
-            frames = [(*frame, sentences.get(n)) for n, frame in enumerate(zip(clip.times, clip.jpegs, strict=True))]
-            note = "; ".join(filter(None, (clip.note, note)))
-            store.put_file(path, *status[path], clip.seconds, note, frames, windows, features, pooled,
-                           narration=narrator.version(path))
+            else:
+                index_file(store, path, status[path], clip, narrator, embedder)
+                clip.jpegs.remove()
+
+
+def index_file(store: Store, path: str, status: tuple[int, int], clip: Read, narrator: Narrator,
+               embedder: Embedder) -> None:
+    """Narrate, encode and store a file that was read."""
+    sentences, note = narrator.sentences_of(path, clip, list(clip.looks))
+    if narrator.settings["captioner"] != store.settings["captioner"]:  # the server refused a parameter
+        store.update_settings(**narrator.settings)
+    leaders = distinct_frames(Opened(clip.jpegs, list(clip.looks)), SAME_FRAME)
+    seen = dict(zip(clip.looks, leaders, strict=True))
+    windows = join_alike(clip.windows, lambda n: (seen[n], sentences[n]))
+    features, pooled = encode(clip, windows, None if narrator.is_silent else sentences, embedder)
+    shown = sorted({number for _, _, picks in windows for number in picks})
+    frames = ((n, clip.times[n], clip.jpegs[clip.looks[n]], sentences.get(n)) for n in shown)
+    note = "; ".join(filter(None, (clip.note, note)))
+    store.put_file(path, *status, clip.seconds, note, frames, windows, features, pooled,
+                   narration=narrator.version(path), content=clip.content, recorded=clip.recorded)
 
 
 def printable(text: str) -> str:
@@ -179,7 +264,7 @@ def printable(text: str) -> str:
 
 
 def encode(
-    clip: Clip,
+    clip: Read,
     windows: Sequence[tuple[float, float, list[int]]],
     sentences: dict[int, str | None] | None,
     embedder: Embedder,

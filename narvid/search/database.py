@@ -19,7 +19,7 @@ from narvid import InputError
 from narvid.files import lock, replace
 
 NAME, LOCK_NAME = "index.db", "lock"
-KIND, VERSION = 0x4E56, 1  # "NV", SQLite's application_id of our files; the version of what they hold
+KIND, VERSION = 0x4E56, 2  # "NV", SQLite's application_id of our files; the version of what they hold
 WAIT = 30.0  # seconds for another process's transaction
 
 

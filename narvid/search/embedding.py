@@ -239,8 +239,9 @@ class Embedder:
 
     def unpack(self, arrays: dict[str, np.ndarray | None]) -> NamedTuple:
         """What `pack` made -> features on the device."""
+        fields = (x.astype(np.float32) if x is not None and x.dtype == np.float16 else x for x in arrays.values())
         return _features(tuple(arrays))(*(None if x is None else torch.as_tensor(x, device=self.retriever.device)
-                                          for x in arrays.values()))
+                                          for x in fields))
 
 
 @lru_cache

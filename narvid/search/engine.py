@@ -1,7 +1,8 @@
-"""A query -> candidates (stage one) -> evaluation's exact scores (stage two) -> answers, each with its reasons.
+"""A query -> candidates (stage one) -> evaluation's exact scores (stage two) -> answers, a file each.
 
-Here: which windows are scored, Eq. 11 with the statistics of the index, the order, overlapping windows. Not here: the
-model (embedding.py), nearest vectors (stage_one.py), what is stored (store.py).
+Here: which windows are scored, Eq. 11 with the statistics of the index, the order. Not here: the model (embedding.py),
+nearest vectors (stage_one.py), the statistics (statistics.py), what an answer says (answers.py), what is stored
+(store.py).
 
 A pair without a narration, because the window has no sentence or the query is a picture, is scored by 2 z(S_qv):
 Eq. 11 with all its weight on the view that there is.
@@ -12,8 +13,9 @@ Legend: B queries, n windows in hand, K frames of a window and sentences of its 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -25,41 +27,18 @@ from torch import Tensor
 from narvid import InputError, fusion
 from narvid.data.frames import read_frames
 from narvid.data.videos import read_video
+from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Moment, Seen, by_file, in_words, reasons
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.reading import windows_of
 from narvid.search.stage_one import TRAINING, StageOne
+from narvid.search.statistics import compute_statistics, height, of_text
 from narvid.search.store import Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
 BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views
+RANKED = 5000  # windows that are put together by file
+PLAIN = ((0.0, 1.0), None)  # in place of statistics, where there are none: the cosine alone
 TOGETHER = 64  # queries scored at a time
-SAMPLE = (256, 1024)  # queries and windows whose pairs make the statistics of Eq. 11
-
-
-class Seen(NamedTuple):
-    """A frame of an answer and its sentence, with what the filter lets the query look at; 0 is dropped."""
-
-    number: int
-    time: float
-    sentence: str | None
-    frame_weight: float
-    sentence_weight: float
-
-
-class Answer(NamedTuple):
-    """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts."""
-
-    rank: int
-    file: int
-    window: int
-    path: str
-    start: float
-    end: float
-    score: float
-    s_video: float
-    s_narration: float | None  # None where the narration is not used
-    frames: list[Seen]
-    why: str
 
 
 class _Scores(NamedTuple):
@@ -81,6 +60,10 @@ class _Windows(NamedTuple):
     new: np.ndarray  # ids that stage one does not know yet: always candidates
 
 
+class Abandoned(Exception):
+    """Nobody waits for the answers any more."""
+
+
 class Engine:
     """Searches one index with the model that made it (InputError for another). candidates: of stage two, a query."""
 
@@ -89,13 +72,15 @@ class Engine:
         self.store, self.embedder, self.candidates = store, embedder, candidates
         self._lock, self._windows, self._measured = threading.Lock(), {}, None
 
-    def search(self, queries: list[str], **same) -> list[list[Answer]]:
+    def search(self, queries: list[str], **same) -> list[Answers]:
         """The best windows for each query.
 
-        Keywords, the same in every way to search: top (10): how many answers, fewer where there are fewer; folder
-        (relative to the videos folder), min_seconds, max_seconds (the file's length): what lies outside is left out
-        before anything is ranked; exact (False): every window is a candidate. Of windows of one file that overlap only
-        the best is an answer.
+        Keywords, the same in every way to search: top (10): how many answers, fewer where there are fewer, after the
+        first `skip` (0); folder (relative to the videos folder), min_seconds, max_seconds (the file's length), since,
+        until (its date, seconds since 1970): what lies outside is left out before anything is ranked; exact (False):
+        every window is a candidate; one_a_file (True): an answer is a file, its best window first; wanted: called now
+        and then, and where it answers False the search ends with Abandoned. Of windows of one file that overlap only
+        the best counts.
         """
         found = []
         for start in range(0, len(queries), TOGETHER):
@@ -103,12 +88,16 @@ class Engine:
             found += self._find(encoded, np.full(len(encoded[0]), self.embedder.narration), "text", **same)
         return found
 
-    def like_window(self, window: int, **same) -> list[Answer]:
+    def rows(self, queries: list[str]) -> list[Answers]:
+        """How high the best answers stand, without them."""
+        return self.search(queries, top=0)
+
+    def like_window(self, window: int, **same) -> Answers:
         """Windows like this one, without it and what overlaps it; KeyError where there is no such window."""
         [itself] = self.store.windows([window])
         return self._like(self.embedder.unpack(self.store.features([window])), itself=itself, **same)
 
-    def like_picture(self, data: bytes, **same) -> list[Answer]:
+    def like_picture(self, data: bytes, **same) -> Answers:
         """Windows that look like a picture, given the bytes of its file; InputError where that is no picture."""
         try:
             frames = read_frames([BytesIO(data)], self.embedder.image_size)
@@ -116,7 +105,7 @@ class Engine:
             raise InputError("the picture cannot be read: no jpg, png, webp or gif below 178 million pixels") from error
         return self._like(self.embedder.videos([frames]), **same)
 
-    def like_clip(self, path: str | Path, **same) -> list[Answer]:
+    def like_clip(self, path: str | Path, **same) -> Answers:
         """Windows that look like the first window of a video file; InputError names a file that cannot be read."""
         settings = self.store.settings
         clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
@@ -146,10 +135,10 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------------- inside
 
-    def _like(self, videos: NamedTuple, **same) -> list[Answer]:
+    def _like(self, videos: NamedTuple, **same) -> Answers:
         return self._find(self.embedder.like(videos), self.embedder.has_sentence(videos), "like", **same)[0]
 
-    def _find(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, **same) -> list[list[Answer]]:
+    def _find(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, **same) -> list[Answers]:
         """narration_used (B,): whether it counts for a query; kind: of the statistics; keywords as in `_found`."""
         try:
             self.refresh(kind)
@@ -159,27 +148,31 @@ class Engine:
             return self._found(queries, narration_used, kind, **same)
 
     def _found(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
-               min_seconds: float = 0.0, max_seconds: float = inf, exact: bool = False,
-               itself: Window | None = None) -> list[list[Answer]]:
+               min_seconds: float = 0.0, max_seconds: float = inf, since: float = -inf, until: float = inf,
+               exact: bool = False, itself: Window | None = None, wanted: Callable[[], bool] | None = None,
+               skip: int = 0, one_a_file: bool = True) -> list[Answers]:
         now = self._windows[kind]
         allowed, inside, new = now.ids, now.inside, now.new
-        if (folder, min_seconds, max_seconds) != ("", 0.0, inf):
-            allowed = self.store.all_windows(folder, min_seconds, max_seconds)
+        narrowed = (folder, min_seconds, max_seconds, since, until)
+        if narrowed != ("", 0.0, inf, -inf, inf):
+            allowed = self.store.all_windows(*narrowed)
             inside = now.stage and np.isin(now.stage.ids, allowed)
             new = np.intersect1d(new, allowed)
         if not len(allowed):
-            return [[] for _ in narration_used]
-        statistics = self._statistics()[kind]
+            return [Answers() for _ in narration_used]
+        statistics = self._statistics()
+        statistics = statistics[kind] if kind == "like" or of_text(statistics) else None
+        how = {"top": top, "skip": skip, "one_a_file": one_a_file, "itself": itself}
         if exact or len(allowed) <= self.candidates:
-            scores = self._score(queries, narration_used, allowed, statistics)
-            return [self._answers(_row(queries, b), allowed, _row(scores, b), top, statistics, itself)
+            scores = self._score(queries, narration_used, allowed, statistics, wanted)
+            return [self._answers(_row(queries, b), kind, allowed, _row(scores, b), statistics, **how)
                     for b in range(len(narration_used))]
         answers = []
-        vectors = self.embedder.pool_queries(queries, statistics)
+        vectors = self.embedder.pool_queries(queries, statistics or PLAIN)
         for b, near in enumerate(candidates_of(now.stage, vectors, self.candidates, inside)):
             ids, row = np.union1d(near, new), _row(queries, b)
-            scores = self._score(row, narration_used[b:b + 1], ids, statistics)
-            answers.append(self._answers(row, ids, _row(scores, 0), top, statistics, itself))
+            scores = self._score(row, narration_used[b:b + 1], ids, statistics, wanted)
+            answers.append(self._answers(row, kind, ids, _row(scores, 0), statistics, **how))
         return answers
 
     def _statistics(self) -> dict[str, ViewStatistics]:
@@ -190,48 +183,62 @@ class Engine:
         return stored or self._measured
 
     def _score(self, queries: AnyQueries, narration_used: np.ndarray, ids: np.ndarray,
-               statistics: ViewStatistics) -> _Scores:
+               statistics: ViewStatistics | None, wanted: Callable[[], bool] | None) -> _Scores:
         """Stage two: evaluation's scores of B queries with these windows, their features read block by block."""
-        parts, narration_used = [], narration_used & (statistics[1] is not None)
+        parts, narration_used = [], narration_used & (statistics is not None and statistics[1] is not None)
         for start in range(0, len(ids), BLOCK):
+            if wanted is not None and not wanted():
+                raise Abandoned
             videos = self.embedder.unpack(self.store.features(ids[start:start + BLOCK]))
             scores = self.embedder.score(queries, videos)
             both = torch.from_numpy(narration_used[:, None] & self.embedder.has_sentence(videos)[None])  # (B, n)
-            fused = fuse(scores, both, self.embedder.weight, statistics)
+            fused = scores["video"] if statistics is None else fuse(scores, both, self.embedder.weight, statistics)
             parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
                                  scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
         return _Scores(*(None if column[0] is None else np.concatenate(column, axis=1) for column in zip(*parts)))
 
-    def _answers(self, query: AnyQueries, ids: np.ndarray, scores: _Scores, top: int, statistics: ViewStatistics,
-                 itself: Window | None) -> list[Answer]:
+    def _answers(self, query: AnyQueries, kind: str, ids: np.ndarray, scores: _Scores,
+                 statistics: ViewStatistics | None, *, top: int, skip: int, one_a_file: bool,
+                 itself: Window | None) -> Answers:
         """The best of n scored windows, for one query."""
-        order = np.argsort(-scores.fused[0], kind="stable")  # of equal ones the window with the smaller id
-        taken, seen = [], [itself] if itself else []
-        for place, window in self._by_rank(ids, order):
-            if len(taken) == top:
-                break
-            if not any(w.file == window.file and w.start < window.end and window.start < w.end for w in seen):
-                taken.append((place, window))
-                seen.append(window)
+        fused, answers = scores.fused[0], Answers()
+        if kind == "text" and statistics is not None:
+            answers.height, level = height(fused), self.store.fact("level")
+            answers.fits = None if level is None or answers.height is None else answers.height >= level
+        if not top:
+            return answers
+        order = np.argsort(-fused, kind="stable")[:RANKED]  # of equal ones the window with the smaller id
+        middle = float(np.median(fused))
+        near = middle + NEAR * (float(fused.max()) - middle) if answers.fits is not False else inf
+        place_of = {}
+        groups = by_file(self._by_rank(ids, fused, order, place_of), itself, one_a_file, near)
+        taken = list(groups) if one_a_file else list(islice(groups, skip + top))
+        answers.total, taken = len(taken), taken[skip:skip + top]
         if not taken:
-            return []
-        videos = self.embedder.unpack(self.store.features([window.id for _, window in taken]))
+            return answers
+        videos = self.embedder.unpack(self.store.features([group[0][1].id for group in taken]))
         weights = self.embedder.filter_weights(query, videos) or {}
-        answers = []
-        for j, (place, window) in enumerate(taken):
+        for j, group in enumerate(taken):
+            (score, window), others = group[0], group[1:]
+            place = place_of[window.id]
             both = bool(scores.both[0, place])
             frames = self._frames(window, {view: w[0, j] for view, w in weights.items()}, both)
-            fused, s_video = float(scores.fused[0, place]), float(scores.video[0, place])
-            s_narration = float(scores.narration[0, place]) if both else None
-            answers.append(Answer(j + 1, window.file, window.id, window.path, window.start, window.end, fused, s_video,
-                                  s_narration, frames, reasons(s_video, s_narration, frames, statistics)))
+            s_video, s_narration = float(scores.video[0, place]), float(scores.narration[0, place]) if both else None
+            moments = [Moment(w.id, w.start, w.end, at, w.picks[len(w.picks) // 2]) for at, w in others[:MOMENTS]]
+            answers.append(Answer(
+                skip + j + 1, window.file, window.id, window.path, window.start, window.end, score, s_video,
+                s_narration, frames, reasons(s_video, s_narration, frames, statistics), in_words(frames, window.end),
+                len(others), moments))
         return answers
 
-    def _by_rank(self, ids: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, Window]]:
-        """(place in ids, window) from the best on, read from the store as far as is asked for."""
-        for start in range(0, len(order), 64):
-            places = order[start:start + 64]
-            yield from zip(places.tolist(), self.store.windows(ids[places].tolist()))
+    def _by_rank(self, ids: np.ndarray, fused: np.ndarray, order: np.ndarray,
+                 place_of: dict[int, int]) -> Iterator[tuple[float, Window]]:
+        """(score, window) from the best on, read from the store as far as is asked for; places in ids are noted."""
+        for start in range(0, len(order), 256):
+            places = order[start:start + 256]
+            for place, window in zip(places.tolist(), self.store.windows(ids[places].tolist())):
+                place_of[window.id] = place
+                yield float(fused[place]), window
 
     def _frames(self, window: Window, weights: dict[str, np.ndarray], both: bool) -> list[Seen]:
         """The window's frames with the filter's weights, each a view's (K,); without a filter all count alike."""
@@ -258,21 +265,6 @@ def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: Vie
     return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, (of_video, of_narration)), alone)
 
 
-def reasons(s_video: float, s_narration: float | None, frames: list[Seen], statistics: ViewStatistics) -> str:
-    """Why a window stands where it stands, in a sentence."""
-    views = [(name, (s - mean) / std if fusion.spreads(mean, std) else 0.0) for name, s, (mean, std) in
-             (("frames", s_video, statistics[0]), ("sentences", s_narration, statistics[1] or (0, 0))) if s is not None]
-    parts = " and ".join(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}"
-                         for name, z in views)
-    best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
-    looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
-    if s_narration is not None:
-        looked += f', of the sentences "{said.sentence}" ({said.sentence_weight:.0%})'
-    if best.frame_weight == min(frame.frame_weight for frame in frames):
-        looked = "all its frames count alike"
-    return f"{parts} the mean of all pairs; {looked}"
-
-
 # ------------------------------------------------------------------------------------------------------- stage one
 
 
@@ -295,54 +287,6 @@ def candidates_of(stage: StageOne, vectors: np.ndarray, count: int, inside: np.n
     inside = True if inside is None else inside
     halves = [stage.nearest(vectors, count, which & inside) for which in (stage.has_sentence, ~stage.has_sentence)]
     return [np.concatenate(both) for both in zip(*halves)]
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-@torch.no_grad()
-def compute_statistics(store: Store, embedder: Embedder, queries: list[str] | None,
-                       seed: int = 0) -> dict[str, ViewStatistics]:
-    """Mean and standard deviation of S_qv and S_qn (Eq. 11) over a seeded sample of queries times one of windows.
-
-    {"text": of `queries`, else of the index's own sentences, else as "like"; "like": of windows as queries, those of
-    the same file left out where there are others}. Windows without a sentence do not count for S_qn.
-    """
-    rng = np.random.default_rng(seed)
-    ids = rng.permutation(store.all_windows())[:SAMPLE[1]]
-    windows = store.windows(ids.tolist())
-    videos = embedder.unpack(store.features(ids.tolist()))
-    has_sentence, files = embedder.has_sentence(videos), np.array([window.file for window in windows])
-
-    some = type(videos)(*(None if x is None else x[:SAMPLE[0]] for x in videos))
-    other = files[:SAMPLE[0], None] != files[None]  # (B, n)
-    other = other if other.any() else np.ones_like(other)
-    both = has_sentence[:SAMPLE[0], None] & has_sentence[None]
-    like = _measure(embedder.score(embedder.like(some), videos), other, other & both)
-    if not queries:
-        queries = sorted(_sentences(store, windows)) if embedder.narration else []
-    if not queries:
-        return {"text": like, "like": like}
-    encoded = embedder.queries([queries[i] for i in rng.permutation(len(queries))[:SAMPLE[0]]])
-    all_pairs = np.ones((len(encoded[0]), len(ids)), dtype=bool)
-    return {"text": _measure(embedder.score(encoded, videos), all_pairs, all_pairs & has_sentence[None]), "like": like}
-
-
-def _measure(scores: dict[str, Tensor], pairs: np.ndarray, has_sentence: np.ndarray) -> ViewStatistics:
-    """Statistics of the scores of these pairs (B, n); of S_qn over those with a sentence, None where there is none."""
-    def of(view: str, chosen: np.ndarray) -> tuple[float, float]:
-        mean, std = fusion.matrix_statistics(scores[view][torch.from_numpy(chosen)])
-        return mean, std * (std > 1e-3)  # copies of one picture differ less: to divide by that makes scores of millions
-    return of("video", pairs), of("narration", has_sentence) if "narration" in scores and has_sentence.any() else None
-
-
-def _sentences(store: Store, windows: list[Window]) -> set[str]:
-    """The sentences of these windows' picked frames."""
-    picked: dict[int, set[int]] = {}
-    for window in windows:
-        picked.setdefault(window.file, set()).update(window.picks)
-    return {frame.sentence for file, numbers in picked.items() for frame in store.frames(file)
-            if frame.number in numbers and frame.sentence is not None}
 
 
 def _row(features: AnyQueries | _Scores, b: int) -> AnyQueries | _Scores:

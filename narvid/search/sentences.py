@@ -9,12 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from narvid import InputError
 from narvid.data.narrations import join, load_narrations, to_entry
-from narvid.data.videos import Clip
+from narvid.search.spool import Opened, Read
 from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal
 from narvid.narration.captioners import Captioner
 from narvid.narration.chat_server import ServerCaptioner
@@ -67,7 +66,7 @@ class Narrator:
         text = json.dumps(to_entry("", narration), ensure_ascii=False) if narration else ""
         return hashlib.sha256(text.encode()).hexdigest() if narration else ""
 
-    def sentences_of(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
+    def sentences_of(self, path: str, clip: Read, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
         """The sentence or None of each of these frames of a clip, and a note on what is missing, "" if nothing is.
 
         path: relative to the videos folder. InputError where the narration is that of other frames, the captioner sees
@@ -81,13 +80,13 @@ class Narrator:
             sentences = join(narration, times, clip.times, video=video, path=self.path)
         return dict(zip(numbers, sentences, strict=True)), "" if self.is_silent else _note(sentences)
 
-    def _caption(self, path: str, clip: Clip, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
+    def _caption(self, path: str, clip: Read, numbers: Sequence[int]) -> tuple[dict[int, str | None], str]:
         """Near-identical neighbours share a sentence, as when a narration file is made; an apology is none here."""
         if not self._checked:
             pairs = [made_pictures(), [clip.jpegs[numbers[0]], clip.jpegs[numbers[-1]]]]
             check_sees(self.captioner, pairs)
             self._checked = True
-        leaders = distinct_frames([BytesIO(clip.jpegs[n]) for n in numbers], SAME_FRAME)
+        leaders = distinct_frames(Opened(clip.jpegs, numbers), SAME_FRAME)
         asked = sorted(set(leaders))
         answers = dict(zip(asked, self._answers(path, clip, [numbers[i] for i in asked]), strict=True))
         given = [answers[leader] for leader in leaders]
@@ -95,7 +94,7 @@ class Narrator:
         sentences = [None if isinstance(answer, Failed) else answer for answer in given]
         return dict(zip(numbers, sentences, strict=True)), _note(sentences, why)
 
-    def _answers(self, path: str, clip: Clip, numbers: Sequence[int]) -> list[str | Failed]:
+    def _answers(self, path: str, clip: Read, numbers: Sequence[int]) -> list[str | Failed]:
         name = path.encode("utf-8", "backslashreplace").decode()  # a captioner hashes it
         size, threads = (1, AT_ONCE) if isinstance(self.captioner, ServerCaptioner) else (AT_ONCE, 1)
 

@@ -178,7 +178,9 @@ class Site:
     async def frame(self, request: Request) -> Response:
         file, number = _id(request, "file"), _id(request, "frame")
         try:
-            return Response(await self._read(self.store.jpeg, file, number), media_type="image/jpeg")
+            picture = await self._read(self.store.jpeg, file, number)
+            kind = "jpeg" if picture[:2] == b"\xff\xd8" else "webp"  # jpegs are of version 1
+            return Response(picture, media_type=f"image/{kind}")
         except KeyError:
             raise HTTPException(404, f"the index has no frame {number} of file {file}") from None
 
@@ -236,7 +238,7 @@ def as_dict(answer: Answer, file: File) -> dict:
     """An answer as the page gets it: with the file's length, and the moment that its best frame shows."""
     best = max(answer.frames, key=lambda frame: frame.frame_weight + frame.sentence_weight, default=None)
     moment = {"best": best.number if best else None, "moment": best.time if best else answer.start}
-    return {**answer._asdict(), **moment, "seconds": file.seconds, "frames": [f._asdict() for f in answer.frames]}
+    return {**answer.as_dict(), **moment, "seconds": file.seconds}
 
 
 def about(store: Store, frames_alone: str) -> dict:

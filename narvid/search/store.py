@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from narvid.search.database import Database
+from narvid.search.database import VERSION, Database
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -37,7 +37,15 @@ CREATE INDEX windows_of_file ON windows (file);
 CREATE TABLE pooled (window INTEGER PRIMARY KEY REFERENCES windows ON DELETE CASCADE, vector BLOB NOT NULL);
 CREATE TABLE features (window INTEGER PRIMARY KEY REFERENCES windows ON DELETE CASCADE, rows BLOB NOT NULL);
 """
+MARKS = """CREATE TABLE marks (file INTEGER PRIMARY KEY REFERENCES files ON DELETE CASCADE, content TEXT NOT NULL,
+    recorded REAL)"""
+# marks came with version 2: an index of version 1 gets it when it is opened for writing.
+FILES = "SELECT files.*, coalesce(content, ''), recorded FROM files LEFT JOIN marks ON marks.file = files.id"
+FILES_1 = "SELECT *, '', NULL FROM files"
 # pooled and features stand in tables of their own: a scan of windows reads neither, stage one reads only the first.
+
+
+HALF = ("look",)  # fields that are kept in 16 bits: no score of a text reads them
 
 
 class File(NamedTuple):
@@ -51,6 +59,8 @@ class File(NamedTuple):
     why: str
     note: str  # what is amiss in a file that is indexed nevertheless
     narration: str  # which narration it was indexed with, as build.py marks it; its column is called told
+    content: str = ""  # a digest of the file, "" in an index of version 1
+    recorded: float | None = None  # seconds since 1970, where the file says when it was recorded
 
 
 class Frame(NamedTuple):
@@ -84,6 +94,14 @@ class Store(Database):
     def __init__(self, path: str | Path, *, create: dict | None = None, read_only: bool = False):
         fill = None if create is None else partial(_fill, settings=create)
         super().__init__(Path(path), create=fill, read_only=read_only)
+        try:
+            if not read_only and not self._has_marks():
+                with self.transaction() as run:
+                    run(MARKS)
+                    run(f"PRAGMA user_version = {VERSION}")
+        except BaseException:
+            self.close()
+            raise
 
     # ---- what holds for the whole index ----
 
@@ -124,11 +142,11 @@ class Store(Database):
 
     def files(self) -> list[File]:
         """All files, in the order of their paths' bytes."""
-        return [_file(row) for row in self.all("SELECT * FROM files ORDER BY path")]
+        return [_file(row) for row in self.all(f"{self._files()} ORDER BY path")]
 
     def file(self, id: int) -> File:
         """One file; KeyError where there is none (any more)."""
-        return _file(self.one("SELECT * FROM files WHERE id = ?", id))
+        return _file(self.one(f"{self._files()} WHERE files.id = ?", id))
 
     def frames(self, file: int) -> list[Frame]:
         """All frames of a file, in time order; [] for one that does not exist or could not be read."""
@@ -152,24 +170,27 @@ class Store(Database):
         pooled: np.ndarray,
         *,
         narration: str = "",
+        content: str = "",
+        recorded: float | None = None,
     ) -> None:
         """Store a file in one transaction, in place of what was there under this path.
 
-        frames: (seconds, jpg, sentence or None) of each. windows: (start, end, numbers of the picked frames) of each of
-        n. features: name -> (n, ...), float32 or bool, of one shape in the whole index, or None where the model has no
-        such field. pooled: (n, P) float32.
+        frames: (number, seconds, picture, sentence or None) of those kept. windows: (start, end, numbers of the picked
+        frames) of each of n. features: name -> (n, ...), float32 or bool, of one shape in the whole index, or
+        None where the model has no such field. pooled: (n, P) float32.
         """
-        rows, layout = _pack(features, len(windows))
-        vectors = np.ascontiguousarray(pooled, "<f4")
+        known = self._fact("layout")
+        rows, layout = _pack(features, len(windows), known)
+        vectors = np.ascontiguousarray(pooled, self._fact("pooled", "<f4"))
         if vectors.shape != (len(windows), vectors[0].size):
             raise ValueError(f"pooled is {vectors.shape}, of {len(windows)} windows")
         with self.transaction() as run:
-            known = self._fact("layout")
             if known not in (None, layout):
                 raise ValueError(f"features of {path} are {layout}, the index holds {known}")
             _state(run, "layout", layout)
             file = _replace(run, path, size, mtime_ns, seconds, "", note, narration)
-            for number, (time, jpeg, sentence) in enumerate(frames):
+            run("INSERT INTO marks VALUES (?, ?, ?)", (file, content, recorded))
+            for number, time, jpeg, sentence in frames:
                 run("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", (file, number, time, sentence, jpeg))
             for (start, end, picks), row, vector in zip(windows, rows, vectors, strict=True):
                 insert = 'INSERT INTO windows (file, start, "end", picks) VALUES (?, ?, ?, ?)'
@@ -181,8 +202,22 @@ class Store(Database):
     def fail_file(self, path: str, size: int, mtime_ns: int, why: str) -> None:
         """Remember why a file could not be read, in place of what was there under this path."""
         with self.transaction() as run:
-            _replace(run, path, size, mtime_ns, 0.0, why, "", "")
+            file = _replace(run, path, size, mtime_ns, 0.0, why, "", "")
+            run("INSERT INTO marks VALUES (?, ?, NULL)", (file, ""))
             _state(run, "change", self.change + 1)
+
+    def move_file(self, path: str, to: str, mtime_ns: int) -> None:
+        """A file has another name by now; all else that is known of it stays."""
+        with self.transaction() as run:
+            run("DELETE FROM files WHERE path = ?", (os.fsencode(to),))
+            move = "UPDATE files SET path = ?, mtime_ns = ? WHERE path = ?"
+            run(move, (os.fsencode(to), mtime_ns, os.fsencode(path)))
+            _state(run, "change", self.change + 1)
+
+    def touch_file(self, path: str, mtime_ns: int) -> None:
+        """The file was written to, and is what it was."""
+        with self.transaction() as run:
+            run("UPDATE files SET mtime_ns = ? WHERE path = ?", (mtime_ns, os.fsencode(path)))
 
     def remove_file(self, path: str) -> None:
         """Forget a file with all that belongs to it."""
@@ -198,15 +233,21 @@ class Store(Database):
         rows = self._in_order(f"{sql} WHERE windows.id", ids)
         return [Window(id, file, os.fsdecode(path), *times, json.loads(p)) for id, file, path, *times, p in rows]
 
-    def all_windows(self, folder: str = "", min_seconds: float = 0.0, max_seconds: float = inf) -> np.ndarray:
+    def all_windows(self, folder: str = "", min_seconds: float = 0.0, max_seconds: float = inf,
+                    since: float = -inf, until: float = inf) -> np.ndarray:
         """Ids (n,) int64, rising, of the windows of all files in a folder, with its subfolders, and of such a length.
 
-        folder: relative to the videos folder, "" for all. The length in seconds is the file's, bounds included.
+        folder: relative to the videos folder, "" for all. The length in seconds is the file's, bounds included. since,
+        until: seconds since 1970, when it was recorded, else when it was last written to; the second is excluded.
         """
         sql, values = "SELECT windows.id FROM windows", []
-        if folder or min_seconds > 0 or max_seconds < inf:
-            sql += " JOIN files ON files.id = file WHERE seconds BETWEEN ? AND ?"
-            values = [min_seconds, max_seconds]
+        if (folder, min_seconds, max_seconds, since, until) != ("", 0.0, inf, -inf, inf):
+            marked = self._has_marks()
+            sql += " JOIN files ON files.id = windows.file"
+            sql += " LEFT JOIN marks ON marks.file = files.id" if marked else ""
+            date = "coalesce(recorded, mtime_ns / 1e9)" if marked else "mtime_ns / 1e9"
+            sql += f" WHERE seconds BETWEEN ? AND ? AND {date} >= ? AND {date} < ?"
+            values = [min_seconds, max_seconds, since, until]
         if parts := [part for part in folder.split("/") if part not in ("", ".")]:
             prefix = os.fsencode("/".join(parts))
             sql += " AND path > ? AND path < ?"
@@ -228,10 +269,11 @@ class Store(Database):
 
     def pooled(self, block: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Stage one's vectors, block by block: ids (n,) int64, rising, and vectors (n, P) float32."""
-        last = -1
+        last, kind = -1, self._fact("pooled", "<f4")
         while rows := self.all("SELECT * FROM pooled WHERE window > ? ORDER BY window LIMIT ?", last, block):
             last = rows[-1][0]
-            vectors = np.frombuffer(b"".join(row[1] for row in rows), "<f4").reshape(len(rows), -1)
+            vectors = np.frombuffer(b"".join(row[1] for row in rows), kind).reshape(len(rows), -1)
+            vectors = vectors.astype("<f4", copy=False)
             yield np.array([row[0] for row in rows], np.int64), vectors
 
     # ---- inside ----
@@ -244,21 +286,38 @@ class Store(Database):
             rows |= {row[0]: row for row in self.all(f"{sql} IN ({', '.join('?' * len(part))})", *part)}
         return [rows[id] for id in ids]
 
-    def _fact(self, name: str):
-        return json.loads(self.one("SELECT value FROM facts WHERE name = ?", name)[0])
+    def fact(self, name: str):
+        """Something else that holds for the whole index, None where nobody has said it."""
+        return self._fact(name, None)
+
+    def set_fact(self, name: str, value) -> None:
+        """Any value that JSON can hold."""
+        with self.transaction() as run:
+            _state(run, name, value)
+
+    def _fact(self, name: str, *default):
+        rows = self.all("SELECT value FROM facts WHERE name = ?", name)
+        return json.loads(rows[0][0]) if rows or not default else default[0]
+
+    def _files(self) -> str:
+        return FILES if self._has_marks() else FILES_1
+
+    def _has_marks(self) -> bool:
+        return bool(self.all("SELECT 1 FROM sqlite_master WHERE name = 'marks'"))
 
 
 def _fill(run: Callable, settings: dict) -> None:
     """The tables of a new index."""
-    for statement in SCHEMA.split(";"):
+    for statement in (*SCHEMA.split(";"), MARKS):
         run(statement)
-    for name, value in {"settings": settings, "statistics": None, "change": 0, "layout": None}.items():
+    facts = {"settings": settings, "statistics": None, "change": 0, "layout": None, "pooled": "<f2"}
+    for name, value in facts.items():
         run("INSERT INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
 
 def _state(run: Callable, name: str, value) -> None:
     """Write a fact."""
-    run("UPDATE facts SET value = ? WHERE name = ?", (json.dumps(value), name))
+    run("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
 
 def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, narration) -> int:
@@ -279,12 +338,18 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _pack(features: dict[str, np.ndarray | None], n: int) -> tuple[np.ndarray, dict]:
-    """Fields (n, ...) -> their bytes side by side (n, bytes), and {name: [type, shape of a row] or None}."""
+def _pack(features: dict[str, np.ndarray | None], n: int, known: dict | None) -> tuple[np.ndarray, dict]:
+    """Fields (n, ...) -> their bytes side by side (n, bytes), and {name: [type, shape of a row] or None}.
+
+    known: the layout of what is there already, whose types are taken; HALF stands for what else is kept in 16 bits.
+    """
     layout, parts = dict.fromkeys(features), [np.empty((n, 0), np.uint8)]
     for name, field in features.items():
         if field is not None:
-            rows = np.ascontiguousarray(field)
+            kind = "<f2" if name in HALF else field.dtype
+            if known and known.get(name) and np.issubdtype(field.dtype, np.floating):
+                kind = known[name][0]
+            rows = np.ascontiguousarray(field, kind)
             layout[name] = [rows.dtype.str, list(rows.shape[1:])]
             parts.append(rows.reshape(n, -1).view(np.uint8))
     return np.concatenate(parts, axis=1), layout

@@ -21,11 +21,14 @@ from narvid.methods import METHODS, clip4clip
 from narvid.distributed import World
 from narvid.data.frames import frame_paths, read_frames
 from narvid.data.videos import read_video
+from narvid.files import read_lines
 from narvid.search import engine as engines
 from narvid.search import stage_one
+from narvid.search.answers import Seen, in_words
 from narvid.search.embedding import Embedder
 from narvid.search.engine import Engine, compute_statistics
 from narvid.search.stage_one import StageOne
+from narvid.search.statistics import NEUTRAL, height, measure_level, nonsense
 from narvid.search.store import Store
 from narvid.towers import load_clip
 
@@ -77,7 +80,7 @@ def put(store, embedder, path, frames, sentences, *, seconds=None, windows=None)
     given = [None] * len(frames) if sentences is None else sentences
     videos = embedder.videos([frames[numbers] for numbers in windows], [[given[n] for n in w] for w in windows])
     store.put_file(path, 1, 1, seconds or float(len(frames)), "",
-                   [(float(n), b"jpg", sentence) for n, sentence in enumerate(given)],
+                   [(n, float(n), b"jpg", sentence) for n, sentence in enumerate(given)],
                    [(float(w[0]), float(w[-1] + 1), w) for w in windows], embedder.pack(videos),
                    embedder.pool_videos(videos))
 
@@ -325,7 +328,7 @@ def test_of_windows_that_overlap_the_better_is_an_answer(measured, embedder, tmp
     engine = Engine(store, embedder)
     scores = embedder.score(embedder.queries(QUERIES), embedder.unpack(store.features([1, 2, 3, 4])))
     fused = engines.fuse(scores, torch.ones(len(QUERIES), 4, dtype=bool), 0.6, store.statistics["text"])
-    for b, answers in enumerate(engine.search(QUERIES)):
+    for b, answers in enumerate(engine.search(QUERIES, one_a_file=False)):
         of_long = [answer for answer in answers if answer.path == "long.mp4"]
         assert of_long[0].window == 1 + fused[b].argmax().item()
         spans = sorted((answer.start, answer.end) for answer in of_long)
@@ -333,6 +336,65 @@ def test_of_windows_that_overlap_the_better_is_an_answer(measured, embedder, tmp
         assert (of_long[0].end - of_long[0].start, len(answers) - len(of_long)) == (4, 1)
     like = engine.like_window(2)
     assert {answer.window for answer in like} == {4, 5}  # without itself, 1 and 3, which overlap it
+
+
+def test_an_answer_is_a_file_with_its_further_moments(measured, embedder, tmp_path):
+    split, *_ = measured
+    store = new_store(tmp_path / "i", embedder)
+    frames = torch.cat(pictures(split))
+    windows = [[0, 1], [1, 2], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    put(store, embedder, "long.mp4", frames[:12], ["a picture of red"] * 12, windows=windows)
+    for video in range(4):
+        put(store, embedder, f"{video}.mp4", frames[12 + 2 * video:14 + 2 * video], ["a picture of blue"] * 2)
+    store.statistics = compute_statistics(store, embedder, QUERIES)
+    engine = Engine(store, embedder)
+    apart = engine.search(QUERIES, one_a_file=False)
+    for alone, answers in zip(apart, engine.search(QUERIES)):
+        assert [a.path for a in answers] == list(dict.fromkeys(a.path for a in alone)) and answers.total == 5
+        [of_long] = [a for a in answers if a.path == "long.mp4"]
+        others = [a for a in alone if a.path == "long.mp4"]
+        assert (of_long.window, of_long.score) == (others[0].window, others[0].score)
+        scores = store.all_windows()
+        fused = engine._score(embedder.queries([QUERIES[apart.index(alone)]]), np.array([True]), scores,
+                              store.statistics["text"], None).fused[0]
+        near = np.median(fused) + 0.5 * (fused.max() - np.median(fused))
+        expected = [a.window for a in others[1:] if a.score >= near]
+        assert [m.window for m in of_long.moments] == expected and of_long.more == len(expected)
+        assert all(m.frame in store.windows([m.window])[0].picks for m in of_long.moments)
+    for first, some in zip(engine.search(QUERIES, top=5), engine.search(QUERIES, top=2, skip=2)):
+        assert some == first[2:4] and [a.rank for a in some] == [3, 4] and some.total == 5
+
+
+def test_an_abandoned_search_ends(index, embedder):
+    asked = []
+    with pytest.raises(engines.Abandoned):
+        Engine(index, embedder).search(QUERIES, wanted=lambda: asked.append(1))
+    assert len(asked) == 1
+
+
+def test_what_fits_stands_higher_than_nonsense(measured, index, embedder, monkeypatch):
+    monkeypatch.setattr("narvid.search.statistics.JUDGED_FROM", 5)
+    level = measure_level(index, embedder)
+    heights = [a.height for a in Engine(index, embedder).rows(nonsense())]
+    assert len(heights) == 64 and level == pytest.approx(np.quantile(heights, 0.5))
+    try:
+        for said, at in ((True, -1e9), (False, 1e9), (None, None)):
+            index.set_fact("level", at)
+            assert {answers.fits for answers in Engine(index, embedder).search(QUERIES)} == {said}
+    finally:
+        index.set_fact("level", None)
+    assert height(np.zeros(4)) is None
+    row = np.concatenate([np.linspace(-1, 1, 201), [3.0]])  # half of the deviations lie below about 0.5
+    assert height(row) == pytest.approx(3 / 4 + 3 / (1.4826 * 0.5) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("frames, end, words", [
+    ([(0, 0.1, 0, "a"), (2, 0.7, 0.2, "red  "), (4, 0.2, 0, "b")], 6, "0:02 to 0:04: red"),
+    ([(0, 0.4, 0, None), (30, 0.4, 0, None), (60, 0.1, 0, None)], 90, "0:00 to 1:00"),
+    ([(3599, 0.4, 0.4, "x"), (3601, 0.4, 0.4, "x")], 3605.5, "59:59 to 1:00:05: x")])
+def test_an_answer_in_words(frames, end, words):
+    frames = [Seen(n, time, sentence, *weights) for n, (time, *weights, sentence) in enumerate(frames)]
+    assert in_words(frames, end) == words
 
 
 def test_windows_without_a_sentence_are_scored_by_their_frames(measured, embedder, tmp_path, monkeypatch):
@@ -363,7 +425,9 @@ def test_an_index_of_frames_alone(measured, alone, tmp_path):
     for video, frames in zip(split.videos, pictures(split)):
         put(store, alone, f"{video}.mp4", frames, None)
     store.statistics = compute_statistics(store, alone, None)
-    assert store.statistics["text"] == store.statistics["like"] and store.statistics["text"][1] is None
+    neutral = alone.score(alone.queries(read_lines(NEUTRAL)), alone.videos(pictures(split)))["video"]
+    assert store.statistics["text"][0] == pytest.approx(fusion.matrix_statistics(neutral), rel=0.2)  # 256 of them
+    assert store.statistics["text"] != store.statistics["like"] and store.statistics["text"][1] is None
     scores = alone.score(alone.queries(QUERIES), alone.videos(pictures(split)))["video"]
     for candidates in (100, 3):
         engine = Engine(store, alone, candidates=candidates)
@@ -372,6 +436,10 @@ def test_an_index_of_frames_alone(measured, alone, tmp_path):
             assert all(answer.s_narration is None for answer in answers)
             expected = [scores[b, split.videos.index(name(answer))].item() for answer in answers]
             assert expected == sorted(expected, reverse=True) == pytest.approx([a.s_video for a in answers], abs=1e-5)
+    store.statistics = dict.fromkeys(("text", "like"), store.statistics["like"])  # as an older version left it
+    for answers in Engine(store, alone).search(QUERIES):
+        assert [a.score for a in answers] == [a.s_video for a in answers] and answers.fits is None
+        assert "cosine" in answers[0].why and "deviation" not in answers[0].why
 
 
 # -------------------------------------------------------------------------------------------------- more like this

@@ -5,8 +5,10 @@ takes a tiny NarVid. Clips are those of test_frames.py: frame i of a clip has th
 """
 
 import gc
+import io
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -15,12 +17,15 @@ import sqlite3
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_frames import make_clip, on_screen
 
 from narvid.data import extraction as extract_frames
@@ -35,6 +40,7 @@ from narvid.search import store as store_module
 from narvid.search.build import Report, update
 from narvid.search.embedding import Embedder
 from narvid.search.reading import SUFFIXES, cut, find_videos, frames_between, read_all
+from narvid.search.spool import Spool, recorded_at
 from narvid.search.store import Store, Window
 
 
@@ -101,6 +107,7 @@ def statistics(monkeypatch):
         return {"text": ((0.1, 0.2), (0.3, float(store.count()))), "like": ((0.1, 0.2), None)}
 
     monkeypatch.setattr(build, "compute_statistics", compute)
+    monkeypatch.setattr(build, "measure_level", lambda store, embedder: None)
     return calls
 
 
@@ -177,7 +184,7 @@ def rows(n, seed=0):
 
 
 def put(store, path, n=2, seed=0, seconds=9.0, jpeg=b"jpg", frames=None):
-    frames = frames or [(0.0, jpeg, None), (1.1, b"\0\xff", "a 'sentence' \u4e2d\0")]
+    frames = frames or [(0, 0.0, jpeg, None), (1, 1.1, b"\0\xff", "a 'sentence' \u4e2d\0")]
     windows = [(0.1 * i, 0.1 * i + 5, [0, i]) for i in range(n)]
     store.put_file(path, 1 << 40, 1_700_000_000_123_456_789, seconds, "note", frames, windows, *rows(n, seed))
 
@@ -203,7 +210,7 @@ def test_what_is_put_is_found_to_the_bit(tmp_path):
         assert store.settings == made | {"fps": 2.0}
         assert store.statistics == {"text": ((0.1, 1 / 3), (0.2, 1e-9)), "like": ((0.3, 0.4), None)}
         first, second = store.files()
-        assert first[1:] == ("a.mp4", 1 << 40, 1_700_000_000_123_456_789, 9.0, "", "note", "")
+        assert first[1:] == ("a.mp4", 1 << 40, 1_700_000_000_123_456_789, 9.0, "", "note", "", "", None)
         assert store.file(second.id) == second
         assert store.frames(first.id) == [(0, 0.0, None), (1, 1.1, "a 'sentence' \u4e2d\0")]
         assert [store.jpeg(first.id, n) for n in (0, 1)] == [b"jpg", b"\0\xff"]
@@ -221,7 +228,8 @@ def test_what_is_put_is_found_to_the_bit(tmp_path):
         assert [len(block) for block, _ in blocks] == [2, 2, 1]
         assert np.concatenate([block for block, _ in blocks]).tolist() == ids
         found = np.concatenate([vectors for _, vectors in blocks])
-        assert found.dtype == np.float32 and np.array_equal(found, np.concatenate([vectors, more_vectors]))
+        expected = np.concatenate([vectors, more_vectors])
+        assert found.dtype == np.float32 and np.array_equal(found, expected.astype(np.float16))  # kept in 16 bits
         for missing in (lambda: store.jpeg(first.id, 2), lambda: store.file(99), lambda: store.windows([ids[0], 99])):
             with pytest.raises(KeyError):
                 missing()
@@ -297,7 +305,7 @@ def test_a_kill_in_a_transaction_loses_that_file_and_nothing_else(tmp_path):
 
     def frames():
         for n in range(200):
-            yield (float(n), bytes(50_000), None)  # 10 MB: more than SQLite keeps in memory
+            yield (n, float(n), bytes(50_000), None)  # 10 MB: more than SQLite keeps in memory
         os.kill(os.getpid(), signal.SIGKILL)
 
     status = in_child(lambda: put(Store(tmp_path / "i"), "a", frames=frames()))
@@ -346,7 +354,7 @@ def test_what_is_no_index_is_said_in_a_sentence(tmp_path):
     for junk in (b"", b"no database, but a text that is long enough to be one" * 100):
         database.write_bytes(junk)
         refuses("is damaged|is no index of narvid.search", read_only=bool(junk))
-    for pragma, match in (("application_id = 7", "no index of narvid"), ("user_version = 2", "newer version")):
+    for pragma, match in (("application_id = 7", "no index of narvid"), ("user_version = 3", "newer version")):
         database.write_bytes(whole)
         connection = sqlite3.connect(database)
         connection.execute(f"PRAGMA {pragma}")
@@ -495,9 +503,13 @@ def test_frames_are_those_of_the_extractor(tmp_path, videos):
             job = extract_frames.Job(Path(file.path).stem, videos / file.path, out, how, 95)
             times = extract_frames.extract_video(job)["times"]
             jpgs = [out / job.video / f"{n:05d}.jpg" for n in range(len(times))]
-            assert [frame.time for frame in store.frames(file.id)] == times
-            assert [store.jpeg(file.id, n) for n in range(len(jpgs))] == [jpg.read_bytes() for jpg in jpgs]
-            picked = [jpgs[n] for n in pick_frames(len(jpgs), embedder.max_frames)]
+            numbers = pick_frames(len(jpgs), embedder.max_frames)
+            assert store.frames(file.id) == [(n, times[n], None) for n in numbers]  # what no window shows is not kept
+            for n in numbers:  # small, for people: the model saw the extractor's
+                with Image.open(io.BytesIO(store.jpeg(file.id, n))) as kept, Image.open(jpgs[n]) as shown:
+                    assert kept.format == "WEBP" and kept.size == shown.size
+                    assert np.abs(np.asarray(kept, int) - np.asarray(shown, int)).mean() < 8
+            picked = [jpgs[n] for n in numbers]
             assert torch.equal(seen, read_frames(picked, embedder.image_size))
 
 
@@ -507,7 +519,7 @@ def test_windows_of_a_long_file_in_the_index(tmp_path):
     assert update(tmp_path / "v", tmp_path / "i", embedder, captioner=Captioner()).windows == 5
     with Store(tmp_path / "i", read_only=True) as store:
         windows = store.windows(store.all_windows())
-        frames = store.frames(windows[0].file)
+        frames = {frame.number: frame for frame in store.frames(windows[0].file)}
         assert [(w.start, w.end) for w in windows] == [(0, 30), (15, 45), (30, 60), (45, 75), (50, 80)]
         for window, (_, given) in zip(windows, embedder.seen, strict=True):
             times = [frames[n].time for n in window.picks]
@@ -515,7 +527,7 @@ def test_windows_of_a_long_file_in_the_index(tmp_path):
             assert given == [f"a picture of long.mp4 {time}" for time in times]
             assert given == [frames[n].sentence for n in window.picks]
         picked = {n for window in windows for n in window.picks}
-        assert [frame.sentence is None for frame in frames] == [n not in picked for n in range(80)]  # nor asked for
+        assert frames.keys() == picked and None not in {frame.sentence for frame in frames.values()}
         assert len(next(store.pooled())[0]) == 5
 
 
@@ -528,17 +540,71 @@ def test_new_changed_renamed_and_deleted_files(tmp_path, videos, statistics):
     shutil.copy(videos / "d.mp4", videos / "a.mp4")  # another size, another time
     (videos / "b" / "c.mkv").rename(videos / "b" / "renamed.mkv")
     (videos / "d.mp4").unlink()
-    assert update(videos, tmp_path / "i", again) == Report(2, 1, 2, 0, 0, windows=3)
+    assert update(videos, tmp_path / "i", again) == Report(1, 1, 1, 0, 1, windows=3, moved=1)
+    assert len(again.seen) == 2 and statistics[1:] == [["what"]]  # a new name is no new video; the queries are kept
     update(videos, tmp_path / "fresh", Fake())
-    assert content(tmp_path / "i") == content(tmp_path / "fresh")
+    assert content(tmp_path / "i")[::2] == content(tmp_path / "fresh")[::2]  # but for the order of windows
     status = (videos / "a.mp4").stat()
     os.utime(videos / "a.mp4", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert update(videos, tmp_path / "i", Fake()) == Report(0, 1, 0, 0, 2, 3)
+    assert update(videos, tmp_path / "i", again) == Report(0, 0, 0, 0, 3, 3)  # touched: it holds what it held
+    assert len(again.seen) == 2
     for path in videos.rglob("*.m*"):
         path.unlink()
     with pytest.raises(InputError, match="no video in"):  # a disk that is not mounted looks like this
         update(videos, tmp_path / "i", Fake())
     assert len(content(tmp_path / "i")[0]) == 3
+
+
+def test_a_changed_file_that_kept_size_and_date_is_found_by_its_content(tmp_path, videos):
+    update(videos, tmp_path / "i", Fake())
+    path, status = videos / "a.mp4", (videos / "a.mp4").stat()
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert update(videos, tmp_path / "i", Fake()) == Report(0, 0, 0, 0, 3, 3)
+    assert update(videos, tmp_path / "i", Fake(), check_content=True) == Report(0, 1, 0, 0, 2, 3)
+    assert update(videos, tmp_path / "i", Fake(), check_content=True) == Report(0, 0, 0, 0, 3, 3)
+
+
+def test_frames_wait_on_disk_and_nothing_of_them_is_left(tmp_path, videos):
+    left = tmp_path / "i" / "reading"
+    update(videos, tmp_path / "i", Fake())
+    assert not left.exists()
+    left.mkdir()
+    (left / "killed.jpgs").write_bytes(b"x")
+    clip(videos / "e.mp4", 2)
+    update(videos, tmp_path / "i", Fake(), workers=1)
+    assert not left.exists()
+    (tmp_path / "s").mkdir()
+    spool = Spool(tmp_path / "s")
+    for data in (b"one", b"", b"three"):
+        spool.append(data)
+    again = pickle.loads(pickle.dumps(spool))
+    assert list(again) == [b"one", b"", b"three"] and len(again) == 3
+    again.remove()
+    again.remove()
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_the_day_of_a_recording(tmp_path):
+    for name, said, expected in (("a", "2020-05-17T10:00:00.000000Z", 1589709600.0),
+                                 ("b", "1904-01-01T00:00:00Z", None), ("c", "yesterday", None)):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            container.metadata["creation_time"] = said
+            stream = container.add_stream("mpeg4", rate=1)
+            stream.width, stream.height = 32, 24
+            for colour in (50, 200):
+                picture = av.VideoFrame.from_ndarray(np.full((24, 32, 3), colour, np.uint8), "rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+        assert recorded_at(tmp_path / f"{name}.mp4") == expected
+    update(tmp_path, tmp_path / "i", Fake())
+    with Store(tmp_path / "i", read_only=True) as store:
+        year = [datetime(n, 1, 1, tzinfo=timezone.utc).timestamp() for n in (2020, 2021)]
+        [window] = store.windows(store.all_windows(since=year[0], until=year[1]))
+        assert window.path == "a.mp4" and len(store.all_windows(since=year[1])) == 2  # when these were written
+        assert len(store.all_windows("", 0.0, 60.0, year[0])) == 3
 
 
 def test_an_unreadable_file_is_said_skipped_and_left_until_it_changes(tmp_path, videos, capsys):
@@ -612,7 +678,7 @@ def test_no_room_is_said_in_a_sentence(tmp_path, videos):
 
     def full():
         size = (tmp_path / "i" / "index.db").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, size + 4096))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         update(videos, tmp_path / "i", Fake())
 
     assert "index.db: the disk" in said_by(full)
@@ -838,7 +904,7 @@ def test_features_of_a_tiny_narvid(tmp_path, corpus, weights, videos, monkeypatc
         ids = store.all_windows("b")
         found = embedder.unpack(store.features(ids))
         for name, x, y in zip(expected._fields, found, expected, strict=True):
-            assert torch.equal(x, y), name
+            assert torch.allclose(x, y, atol=1e-3 if name == "look" else 0), name
         assert all(std > 0 for _, std in store.statistics["text"])
         assert store.settings["method"] == "narvid" and store.settings["captioner"] == "narration file"
     assert found.narration_mask.tolist()[0][:4] == [True, False, True, False]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,8 @@ pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
 from narvid.search import clips, guard, server
-from narvid.search.engine import Answer, Seen
+from narvid.search.answers import Answer, Answers, Moment, Seen
+from narvid.search.engine import Abandoned
 from narvid.search.store import Store
 
 HOSTILE = "<img src=x onerror=alert(1)> & 'co' #1?.mp4"
@@ -46,22 +48,34 @@ class FakeEngine:
         self.store, self.asked, self.go_on, self.running = store, [], threading.Event(), []
         self.embedder = SimpleNamespace(frames_alone="no captioner: frames alone are searched")
 
-    def search(self, queries, *, top, folder, min_seconds, max_seconds):
+    def search(self, queries, *, top, folder, min_seconds, max_seconds, skip=0, since=-inf, until=inf, wanted=None,
+               one_a_file=True):
         [query] = queries
+        self.since, self.one_a_file = (since, until), one_a_file
         self.asked.append((query, top, folder, min_seconds, max_seconds))
         if query == "slow":
             self.running.append(query)
-            assert self.running == ["slow"] and self.go_on.wait(10)
-            self.running.remove(query)
+            assert self.running == ["slow"]
+            try:
+                while not self.go_on.wait(0.02):
+                    if not wanted():
+                        raise Abandoned
+            finally:
+                self.running.remove(query)
         if query == "fault":
             raise RuntimeError("secret detail")
         if query == "busy":
             raise InputError("the index is being written by another process; wait for it")
-        ids = [] if query == "none" else self.store.all_windows(folder, min_seconds, max_seconds)
-        return [[self.answer(rank, w) for rank, w in enumerate(self.store.windows(ids)[:top], 1)]]
+        ids = [] if query == "none" else self.store.all_windows(folder, min_seconds, max_seconds, since, until)
+        answers = Answers([self.answer(rank, w) for rank, w in enumerate(self.store.windows(ids), 1)][skip:skip + top])
+        answers.total, answers.fits = len(ids), query != "gibberish"
+        return [answers]
 
     def like_window(self, window, **same):
-        return [answer for answer in self.search([f"like {window}"], **same)[0] if answer.window != window]
+        answers = self.search([f"like {window}"], **same)[0]
+        answers[:] = [answer for answer in answers if answer.window != window]
+        answers.total -= 1
+        return answers
 
     def like_picture(self, data, **same):
         try:
@@ -74,7 +88,7 @@ class FakeEngine:
         frames = [Seen(*frame, weight, weight) for frame, weight in zip(self.store.frames(window.file), WEIGHTS)]
         why = f"because of {HOSTILE_SENTENCE}"
         return Answer(rank, window.file, window.id, window.path, window.start, window.end, 3.0 - rank, 0.5, 0.25,
-                      frames, why)
+                      frames, why, "0:02 to 0:06: it stays red", 1, [Moment(window.id, 6.0, 8.0, 1.5, 3)])
 
 
 def put(store, name, *, path=None):
@@ -83,7 +97,7 @@ def put(store, name, *, path=None):
     status, jpg = path.stat(), BytesIO()
     Image.new("RGB", (32, 24), (200, 30, 30)).save(jpg, "JPEG")
     sentences = ["a red field", HOSTILE_SENTENCE, "it stays red", None]
-    frames = [(2.0 * i, jpg.getvalue(), sentence) for i, sentence in enumerate(sentences)]
+    frames = [(i, 2.0 * i, jpg.getvalue(), sentence) for i, sentence in enumerate(sentences)]
     store.put_file(name, status.st_size, status.st_mtime_ns, 8.0, "", frames, [(0.0, 8.0, [0, 1, 2, 3])],
                    {"frames": np.zeros((1, 2), np.float32)}, np.zeros((1, 2), np.float32))
 

@@ -1,0 +1,135 @@
+"""An answer, and what is said of it: where it is, in words, and why it stands where it stands.
+
+Here: texts and the grouping of windows by file. Not here: scores (engine.py), how a page or a table shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from narvid import fusion
+from narvid.search.embedding import ViewStatistics
+from narvid.search.store import Window
+
+MOMENTS = 12  # further ones of a file that are listed; all are counted
+NEAR = 0.5  # a further moment stands at least this share as far above the middle of all scores as the best answer
+
+
+class Seen(NamedTuple):
+    """A frame of an answer and its sentence, with what the filter lets the query look at; 0 is dropped."""
+
+    number: int
+    time: float
+    sentence: str | None
+    frame_weight: float
+    sentence_weight: float
+
+
+class Moment(NamedTuple):
+    """A further window of an answer's file; frame: the number of a picture of it, from its middle."""
+
+    window: int
+    start: float
+    end: float
+    score: float
+    frame: int
+
+
+class Answer(NamedTuple):
+    """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts."""
+
+    rank: int
+    file: int
+    window: int
+    path: str
+    start: float
+    end: float
+    score: float
+    s_video: float
+    s_narration: float | None  # None where the narration is not used
+    frames: list[Seen]
+    why: str
+    words: str  # what happens, and when
+    more: int  # further moments in this file
+    moments: list[Moment]  # the best of them
+
+    def as_dict(self) -> dict:
+        """For JSON: frames and moments as dicts too."""
+        return self._asdict() | {name: [x._asdict() for x in getattr(self, name)] for name in ("frames", "moments")}
+
+
+class Answers(list):
+    """Answers to one query, best first. fits: whether the best fits at all, None where nobody can say; total: how many
+    there would be without a limit; height: of the best (statistics.height).
+    """
+
+    fits: bool | None = None
+    total: int = 0
+    height: float | None = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss, the fraction cut off."""
+    whole = int(seconds + 1e-6)
+    hours = f"{whole // 3600}:" if whole >= 3600 else ""
+    return f"{hours}{whole // 60 % 60:{'02' if hours else ''}d}:{whole % 60:02d}"
+
+
+def by_file(ranked: Iterable[tuple[float, Window]], itself: Window | None, one_a_file: bool,
+            near: float) -> Iterator[list[tuple[float, Window]]]:
+    """(score, window) from the best on -> for each answer its window, and further ones of the file that score `near`.
+
+    Of windows of one file that overlap only the best counts, and none that overlaps `itself`. not one_a_file: every
+    window that is left is an answer of its own. Windows are read as far as is asked for, unless files are put together.
+    """
+    seen: dict[int, list[Window]] = {itself.file: [itself]} if itself else {}
+    groups: dict[int, list[tuple[float, Window]]] = {}
+    for score, window in ranked:
+        others = seen.setdefault(window.file, [])
+        if any(w.start < window.end and window.start < w.end for w in others):
+            continue
+        others.append(window)
+        if not one_a_file:
+            yield [(score, window)]
+        elif window.file not in groups or score >= near:
+            groups.setdefault(window.file, []).append((score, window))
+    yield from groups.values()
+
+
+def in_words(frames: Sequence[Seen], end: float) -> str:
+    """When it happens and, where a sentence says it, what: "0:04 to 0:06: a red star grows"."""
+    weight = [frame.frame_weight + frame.sentence_weight for frame in frames]
+    best = max(range(len(frames)), key=lambda k: (weight[k], -k))
+    first = last = best
+    sentence = frames[best].sentence
+    while first > 0 and weight[first - 1] >= 0.5 * weight[best] and frames[first - 1].sentence == sentence:
+        first -= 1
+    while last + 1 < len(frames) and weight[last + 1] >= 0.5 * weight[best] and frames[last + 1].sentence == sentence:
+        last += 1
+    until = frames[last + 1].time if last + 1 < len(frames) else max(end, frames[last].time)
+    when = f"{clock(frames[first].time)} to {clock(until)}"
+    return when if not sentence or not sentence.strip() else f"{when}: {sentence.strip()}"
+
+
+def reasons(s_video: float, s_narration: float | None, frames: Sequence[Seen],
+            statistics: ViewStatistics | None) -> str:
+    """Why a window stands where it stands, in a sentence; without statistics by the cosines alone."""
+    values = [("frames", s_video, 0), ("sentences", s_narration, 1)]
+    values = [(name, s, i) for name, s, i in values if s is not None]
+    if statistics is None:
+        parts = " and ".join(f"the cosine of its {name} with the query is {s:.3f}" for name, s, _ in values)
+    else:
+        parts = []
+        for name, s, i in values:
+            mean, std = statistics[i] or (0.0, 0.0)
+            z = (s - mean) / std if fusion.spreads(mean, std) else 0.0
+            parts.append(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}")
+        parts = " and ".join(parts) + " the mean of all pairs"
+    best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
+    looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
+    if s_narration is not None:
+        looked += f', of the sentences "{said.sentence}" ({said.sentence_weight:.0%})'
+    if best.frame_weight == min(frame.frame_weight for frame in frames):
+        looked = "all its frames count alike"
+    return f"{parts}; {looked}"
