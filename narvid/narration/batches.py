@@ -74,8 +74,8 @@ def requests(argv: Sequence[str] | None = None) -> None:
     with lock(args.out):
         files = write_set(args, chat, maker, jobs)
     shared = sum(len(job.shared) for job in jobs)
-    print(f"{args.out}: {len(jobs)} requests in {len(files)} files, {sum(files.values()) / 1e6:.1f} MB; {shared} frames "
-          f"share a neighbour's sentence ({shared / (len(jobs) + shared):.1%}); {maker[0]}")
+    print(f"{args.out}: {len(jobs)} requests in {len(files)} files, {sum(files.values()) / 1e6:.1f} MB; {shared} "
+          f"frames share a neighbour's sentence ({shared / (len(jobs) + shared):.1%}); {maker[0]}")
     allowed = f" --allowed-local-media-path {Path(args.frames).absolute()}" if args.pictures == "file" else ""
     first = args.out / next(iter(files))
     print(f"put what comes back into {args.out / 'answers'}, such as by\n  vllm run-batch -i {first} -o "
