@@ -5,10 +5,10 @@ import sys
 
 from narvid import InputError
 from narvid.flags import command
-from narvid.narration import batches, check, convert, narrate
+from narvid.narration import batch_answers, batches, check, convert, narrate
 
-COMMANDS = {"narrate": narrate.main, "requests": batches.requests, "answers": batches.answers, "check": check.main,
-            "convert": convert.main}
+COMMANDS = {"narrate": narrate.main, "requests": batches.requests, "answers": batch_answers.answers,
+            "check": check.main, "convert": convert.main}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Picture -> sentence: the form of a captioner, and the one that runs a model in this process (transformers).
 
-Not here: models behind a server (chat_server.py), what an answer is worth (answers.py), whether the picture is seen
-(pictures.py), frame folders, resumption, flags (narrate.py).
+Not here: models behind a server (chat_server.py), pictures as a model reads them (preparing.py), what an answer is
+worth (answers.py), whether the picture is seen (pictures.py), frame folders, resumption, flags (narrate.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from io import BytesIO
 from typing import Protocol
-
-from PIL import Image
 
 from narvid import InputError
 from narvid.narration.answers import OPEN, Failed, one_line, sentence
+from narvid.narration.preparing import Preparer
 
 # torch and transformers are imported where they are used: a server's client needs neither.
 
@@ -103,6 +101,7 @@ class LocalCaptioner:
         if tokenizer is not None:
             tokenizer.padding_side = "left"  # a decoder goes on where the prompt ends
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.prepare = Preparer(model, self._processor, self._template)
         number_type = dtype + " 4bit" * load_4bit
         self.label = f"{model.rstrip('/')} {number_type} {decoding(temperature, seed, max_new_tokens)}"
 
@@ -152,32 +151,48 @@ class LocalCaptioner:
 
     def caption(self, pictures: Sequence[bytes], keys: Sequence[str] | None = None) -> list[str | Failed]:
         """One answer a picture: in one batch, or one by one where they are sampled."""
+        if keys is None or self._temperature is None:
+            return self.generate([self.prepare(pictures)], None)
+        return self.generate([self.prepare([picture]) for picture in pictures], keys)
+
+    @property
+    def samples(self) -> bool:
+        """Whether `generate` wants the inputs of each picture by themselves, with its key."""
+        return self._temperature is not None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Where the model runs."""
+        return self._device.type == "cuda"
+
+    def generate(self, inputs: Sequence, keys: Sequence[str] | None) -> list[str | Failed]:
+        """The answers to what `prepare` made of pictures: of all in one, or with keys of one picture each."""
         import torch
 
-        if keys is None or self._temperature is None:
-            return self._generate(pictures, do_sample=False, temperature=None, top_p=None, top_k=None)
+        if keys is None:
+            [of_all] = inputs
+            return self._generate(of_all, do_sample=False, temperature=None, top_p=None, top_k=None)
         _ = self._model  # loaded before the first seed is set: loading may draw random numbers
         answers = []
-        for picture, key in zip(pictures, keys, strict=True):
+        for of_one, key in zip(inputs, keys, strict=True):
             torch.manual_seed(seed_of(self._seed, key))
             # The temperature is all there is to record: what else a model's own settings would cut off is switched off.
-            answers += self._generate([picture], do_sample=True, temperature=self._temperature, top_p=1.0, top_k=0)
+            answers += self._generate(of_one, do_sample=True, temperature=self._temperature, top_p=1.0, top_k=0)
         return answers
 
-    def _generate(self, pictures: Sequence[bytes], **decoding) -> list[str | Failed]:
+    def _generate(self, inputs, **decoding) -> list[str | Failed]:
         import torch
 
-        decoded = [Image.open(BytesIO(picture)).convert("RGB") for picture in pictures]
+        inputs = {name: self._placed(x) for name, x in inputs.items()}
         try:
-            inputs = self._inputs(decoded).to(self._device, self._dtype)
             with torch.inference_mode():
                 tokens = self._model.generate(
                     **inputs, num_beams=1, max_new_tokens=self._max_new_tokens, **decoding
                 )  # (N, prompt + new), or (N, new) where an encoder has read the prompt
         except torch.cuda.OutOfMemoryError as error:
             raise InputError(
-                f"the GPU's memory is too small for {len(pictures)} pictures at once: lower --batch_size "
-                "(what is captioned is kept)"
+                f"the GPU's memory is too small for {len(next(iter(inputs.values())))} pictures at once: lower "
+                "--batch_size (what is captioned is kept)"
             ) from error
         except (ValueError, TypeError) as error:
             raise InputError(f"--captioner {self._model_name} cannot caption a picture: {first_line(error)}") from error
@@ -189,6 +204,12 @@ class LocalCaptioner:
         return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens)
                 for text, ended in zip(texts, whole, strict=True)]
 
+    def _placed(self, x):
+        """A tensor on the model's device, in its number type where it holds numbers of that kind."""
+        if not hasattr(x, "is_floating_point"):
+            return x  # some processors add plain numbers
+        return x.to(self._device, self._dtype if x.is_floating_point() else None)
+
     def _ends(self):
         """The tokens that end an answer, of which a batch goes on until its last picture has one; BLIP's is [SEP]."""
         import torch
@@ -198,18 +219,6 @@ class LocalCaptioner:
         tokenizer = getattr(self._processor, "tokenizer", None)
         ends += [getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")]
         return torch.tensor([end for end in ends if end is not None], dtype=torch.long)
-
-    def _inputs(self, pictures: list[Image.Image]):
-        if self._template is None:
-            return self._processor(images=pictures, return_tensors="pt")
-        start = self._processor.tokenizer.bos_token
-        return self._processor(
-            text=[self._template] * len(pictures),
-            images=[[picture] for picture in pictures],  # flat, some processors take them for one text's pictures
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (start and self._template.startswith(start)),  # templates may hold the start token
-        )
 
 
 # ---- what captioners share ----

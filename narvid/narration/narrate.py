@@ -8,8 +8,9 @@ Near-identical neighbours share a sentence (--same_frame). Videos are dealt to s
 Killed, the same command continues; the shard that finds nothing missing writes OUT, whole, and OUT's .failed.jsonl,
 which lists every answer that is no whole sentence. A frame without a sentence is asked about again by the next run, a
 refusal by --again refused. New videos of the frame folder are added to OUT.
-Here: frames, flags, the loop. Not here: models, servers, prompts (captioners.py, chat_server.py), which pictures are
-nearly alike (pictures.py), what an answer is worth (answers.py), what is done already (journals.py).
+Here: frames, flags, the run. Not here: models, servers, prompts (captioners.py, chat_server.py), how many are asked at
+once (asking.py), which pictures are nearly alike (pictures.py), what an answer is worth (answers.py), what is done
+already (journals.py).
 """
 
 from __future__ import annotations
@@ -18,35 +19,20 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple, TextIO
 
 from narvid import InputError
-from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames, read_list
-from narvid.files import read_bytes
+from narvid.data.frames import frame_path, load_frame_index, pick_frames, read_list
 from narvid.flags import Parser, count, number, positive, positive_float
-from narvid.narration.answers import KINDS, STOP_AFTER, Failed, in_a_row, is_refusal, kind_of
+from narvid.narration.answers import KINDS, Failed, is_refusal, kind_of
+from narvid.narration.asking import FRAMES, Job, caption_all
 from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
 from narvid.narration.chat_server import REQUESTS, ServerCaptioner
-from narvid.narration.journals import (Answer, Known, Shard, append, check_times, failed_file, made_by, my_shard,
+from narvid.narration.journals import (Answer, Known, Shard, check_times, failed_file, made_by, my_shard,
                                        one_at_a_time, open_journal, read_known, write_out)
 from narvid.narration.pictures import SAME_FRAME, check_sees, distance, distinct_frames, made_pictures, thumbnail
+from narvid.narration.preparing import free_workers, read_picture
 from narvid.progress import tqdm
-
-
-FRAMES = 16  # that a local model captions at once
-
-
-class Job(NamedTuple):
-    """One frame to caption, the times of the frames that share its sentence, and how often it was asked before."""
-
-    video: str
-    path: Path
-    time: float
-    shared: list[float]
-    again: int
 
 
 # ---- which frames, which shard ----
@@ -97,58 +83,7 @@ def is_due(said: str | Failed, again: Sequence[str] | None) -> bool:
     return isinstance(said, Failed) if again is None else kind_of(said) in again
 
 
-# ---- captioning ----
-
-
-def caption_all(jobs: Sequence[Job], captioner: Captioner, journal: TextIO, maker: tuple[str, str], *,
-                batch_size: int, threads: int, shows: bool) -> Counter[str]:
-    """Caption the jobs; each answer goes to the journal as it comes. Returns how many of each kind ("": a sentence)."""
-    kinds, failures = Counter(), 0
-    with tqdm(total=len(jobs), unit="frame", disable=not (shows and jobs), smoothing=0.05) as bar:
-        for job, answer in answered(jobs, captioner, batch_size=batch_size, threads=threads):
-            append(journal, maker, job.video, job.time, job.shared, answer, job.again)
-            bar.update()
-            kinds[kind_of(answer)] += 1
-            failures = in_a_row(failures, answer)
-            if failures == STOP_AFTER:
-                raise InputError(
-                    f"{failures} frames in a row got no sentence, the last one because: {answer.why}. "
-                    "What is captioned is kept; once that is mended, the same command continues"
-                )
-    return kinds
-
-
-def answered(jobs: Sequence[Job], captioner: Captioner, *, batch_size: int,
-             threads: int) -> Iterator[tuple[Job, str | Failed]]:
-    """(job, answer) as they come: batches one after the other for a model, many requests at once for a server."""
-    pool, done, running = ThreadPoolExecutor(threads), SimpleQueue(), {}
-    try:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            future = pool.submit(caption_batch, captioner, batch)
-            running[future] = batch
-            future.add_done_callback(done.put)  # to look at all that run each time one is done would cost more
-            while len(running) == threads or (running and start + batch_size >= len(jobs)):
-                future = done.get()
-                yield from zip(running.pop(future), future.result(), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def caption_batch(captioner: Captioner, batch: Sequence[Job]) -> list[str | Failed]:
-    """Read the frames of a batch and caption them; asked again, a sampled frame has other random numbers."""
-    return captioner.caption([read_picture(job.path) for job in batch], [key_of(job) for job in batch])
-
-
-def key_of(job: Job) -> str:
-    """What a sampled frame's random numbers come from."""
-    return f"{job.video} {job.time}" + f" again {job.again}" * bool(job.again)
-
-
-def read_picture(path: Path) -> bytes:
-    """A frame's file, checked to be a whole jpg."""
-    check_jpg(path)
-    return read_bytes(path)
+# ---- the run ----
 
 
 def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:
@@ -160,9 +95,6 @@ def picture_pairs(jobs: Sequence[Job]) -> Iterator[Sequence[bytes]]:
         farthest = max(range(1, len(paths)), key=lambda index: distance(seen[0], seen[index]))
         yield [read_picture(paths[0]), read_picture(paths[farthest])]
     yield made_pictures()
-
-
-# ---- the run ----
 
 
 def kinds(text: str) -> list[str]:
@@ -222,6 +154,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=positive, help=f"frames at once, {FRAMES} if not given; for a server: "
                                                            f"requests under way, {REQUESTS} if not given")
+    group.add_argument("--workers", type=count, help="processes that prepare pictures for a model on this machine; as "
+                                                     "many as cores are left if not given, none without a GPU")
     group.add_argument("--shard", metavar="I/N", help="do part I of N; a Slurm array and torchrun are understood as is")
     group.add_argument("--merge", action="store_true", help="caption nothing; write OUT from what the shards have done")
     what_to_ask_again(group)
@@ -232,6 +166,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--server and --model go together")
     if args.server and (args.captioner != DEFAULT_MODEL or args.dtype or args.load_4bit):
         parser.error("--captioner, --dtype and --load_4bit do not go with --server")
+    if args.server and args.workers is not None:
+        parser.error("--workers prepare pictures for a model on this machine; a server does that itself")
     args.batch_size = args.batch_size or (REQUESTS if args.server else FRAMES)
     return args
 
@@ -277,8 +213,9 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
               f"{with_sentence} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
               f"({shared / max(len(jobs) + shared, 1):.1%}); {maker[0]}, {args.batch_size} at once", flush=True)
         start = time.monotonic()
-        size, threads = (1, args.batch_size) if args.server else (args.batch_size, 1)
-        found = caption_all(jobs, captioner, journal, maker, batch_size=size, threads=threads, shows=shard.shows)
+        workers = 0 if args.server else args.workers if args.workers is not None else free_workers(captioner.on_gpu)
+        found = caption_all(jobs, captioner, journal, maker, at_once=args.batch_size, workers=workers,
+                            shows=shard.shows)
     seconds = time.monotonic() - start
     counts = ", ".join(f"{found[kind]} {kind}" for kind in KINDS)
     print(f"{len(jobs)} frames in {seconds:.1f} s, {len(jobs) / max(seconds, 1e-9):.2f} a second; {counts}")

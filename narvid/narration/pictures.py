@@ -52,6 +52,17 @@ def thumbnail(path: str | Path) -> np.ndarray:
     return np.asarray(small, dtype=np.int16)
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the file's header; InputError where it has none."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except PICTURE_ERRORS as error:
+        raise InputError(
+            f"frame {path} cannot be decoded ({error}): delete its folder and run extract_frames again"
+        ) from error
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference of two thumbnails' cells, 0..255.
 

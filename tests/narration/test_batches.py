@@ -1,4 +1,4 @@
-"""narvid/narration/batches.py through the command line, with an engine of the test's own that is given the files.
+"""narvid/narration/batches.py and batch_answers.py through the command line, with an engine of the test's own.
 
 The engine answers with a sentence that names the picture of its request, so a sentence at the wrong frame is seen. It
 shuffles, drops, repeats and errs, as batch services do.
@@ -20,7 +20,7 @@ from test_narrate import (alone, chat, drifting, expected_of, make_frames, read_
 
 from narvid.data.narrations import load_narrations
 from narvid.narration import __main__ as narration
-from narvid.narration import batches, journals
+from narvid.narration import batch_answers, batches, journals
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("NARVID_REAL_DATA", ROOT.parent / "shared" / "real")) / "msrvtt" / "videos"
@@ -311,7 +311,7 @@ def test_a_kill_while_answers_are_taken_in_costs_none(frames, tmp_path, calls, h
     out, folder = tmp_path / "n.jsonl", tmp_path / "r"
     write_requests(frames, folder)
     path = write_answers(folder, "1.jsonl", map(line_of, all_requests(folder)))
-    assert killed(die_after(batches, "append", calls, half), "answers", folder, "--out", out) == 9
+    assert killed(die_after(batch_answers, "append", calls, half), "answers", folder, "--out", out) == 9
     kept = [path.read_bytes().rfind(b"\n") + 1 and len(path.read_bytes().splitlines()) - half
             for path in (tmp_path / "n.jsonl.parts").glob("*.jsonl")]
     assert kept == [calls] and not out.exists()

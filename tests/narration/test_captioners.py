@@ -5,18 +5,22 @@ what is tested. The server is transformers' own; it starts while the other tests
 """
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_narrate import make_frames, sentences
 
 from narvid import InputError
+from narvid.data import loader
 from narvid.narration import captioners
 from narvid.narration import __main__ as narration
 from narvid.narration.answers import Cut, Failed
@@ -126,7 +130,7 @@ def test_greedy_sentences_are_the_model_s_likeliest_tokens(llava, pictures):
     model = transformers.AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32).eval()
     expected = []
     for picture in pictures[:2]:
-        image = captioners.Image.open(captioners.BytesIO(picture)).convert("RGB")
+        image = Image.open(BytesIO(picture)).convert("RGB")
         text = f"USER: <image>\n{captioners.PROMPTS['C']} ASSISTANT:"
         inputs = processor(text=text, images=image, return_tensors="pt")
         tokens = []
@@ -160,6 +164,28 @@ def test_sampling_hangs_on_seed_and_key_alone(llava, pictures):
     assert captioner(llava, temperature=2.0, seed=2).caption(pictures[:3], keys) != answers
     assert local.caption(pictures[:3]) == captioner(llava).caption(pictures[:3])  # no keys: greedy
     assert local.label.endswith("fp32 sample temperature=2 seed=1 max_new_tokens=8")
+
+
+def test_workers_change_no_sentence_and_batches_hold_pictures_of_like_size(llava, tmp_path, monkeypatch):
+    """Greedy and sampled; half the pictures are larger, and their videos lie between the others in the index."""
+    frames = make_frames(tmp_path / "frames", {"a": 3, "b": 3, "c": 2, "d": 2})
+    for path in [*frames.glob("b/*.jpg"), *frames.glob("d/*.jpg")]:
+        Image.open(path).resize((96, 48)).save(path, quality=95)
+    for how in ([], ["--sample", "--sampling_temperature", 2]):
+        said, sizes = [], []
+        for workers in (0, 2):
+            if how:
+                monkeypatch.setattr(loader, "free_shared_memory", lambda: 0)  # then they use a pipe
+            out = tmp_path / f"{workers}{len(how)}.jsonl"
+            narrate(frames, out, "--captioner", llava, "--batch_size", 2, "--workers", workers, *how)
+            said.append(sentences(out))
+            journal = (out.with_name(out.name + ".parts") / "1-of-1.jsonl").read_text().splitlines()
+            sizes.append([json.loads(line)["video"] in "bd" for line in journal])
+        assert said[0] == said[1] and len({text for texts in said[0].values() for text in texts}) == 10
+        assert sizes[0] == sizes[1] == [False] * 5 + [True] * 5
+    next(frames.glob("c/00001.jpg")).write_bytes(b"\xff\xd8 torn \xff\xd9")
+    message = error(frames, tmp_path / "n.jsonl", "--captioner", llava, "--workers", 1, "--same_frame", 0)
+    assert "c/00001.jpg cannot be decoded" in message
 
 
 def test_llava_without_a_template_gets_the_prompt_of_its_model_card(llava, pictures, tmp_path):

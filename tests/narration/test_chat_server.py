@@ -3,6 +3,7 @@ reasoning, apologies, cut, empty and broken answers, stalls; asked again, resume
 
 import base64
 import json
+import re
 import time
 
 import pytest
@@ -534,3 +535,17 @@ def test_a_broken_line_of_a_journal_is_named_and_a_torn_last_one_dropped(frames,
     (parts / "1-of-1.jsonl").write_text(f"{good[0]}\n{good[1]}\n{broken}")
     run(frames, out, server, "--merge")
     assert sentences(out) == {"a": ["A cat."] * 4, "b": ["A cat."] * 3}
+
+
+# ---- what the client costs: scripts/bench_narrate.py ----
+
+
+def test_the_client_costs_less_than_a_millisecond_of_processor_time_a_picture(tmp_path, capsys):
+    from scripts import bench_narrate
+
+    frames = make_frames(tmp_path / "frames", {"a": 20})
+    bench_narrate.main(["--frames", str(frames), "--pictures", "320", "--batch_size", "4"])
+    printed = capsys.readouterr().out
+    [cost] = re.findall(r"64 requests under way, ([0-9.]+) ms of processor time a picture", printed)
+    assert 0 < float(cost) <= 0.8
+    assert printed.count("preparing, LLaVA 1.5") == printed.count("preparing, Qwen2-VL") >= 2
