@@ -82,8 +82,7 @@ def train_step(model, batches: list, optimizer, scaler, where: str, split, args,
         scaler.update()
         if scaler.is_enabled() and scaler.get_scale() < 1:
             stop_unless_finite(norm, f"even at loss scale 1 the gradient at {where}", batches, split, world)
-        with torch.no_grad():  # CLIP's own bound; not inside forward, where the gradient would vanish at it
-            plain(model).clip.logit_scale.clamp_(max=np.log(100))
+        plain(model).clip.bound_scale()  # not inside forward, where the gradient would vanish at the bound
     return dict(zip(totals, values)), norm
 
 
@@ -237,12 +236,13 @@ def training_parts(model: torch.nn.Module, split: Split, args: argparse.Namespac
     """The training split's batches for this rank, and the optimiser."""
     sampler = PairSampler(len(split.queries), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                           accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(split, split.video_of_query, model.clip.config.image_size, cache=args.cache_frames,
+    dataset = FrameDataset(split, split.video_of_query, model.clip.picture, cache=args.cache_frames,
                            seed=args.seed, segments=args.max_frames if args.frame_sampling == "segments" else None)
-    to_batch = partial(collate, split=split, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    to_batch = partial(collate, split=split, tokenize=model.clip.tokenizer, max_words=args.max_words,
+                       max_frames=args.max_frames, with_queries=True)
     loader = make_loader(dataset, to_batch, sampler, num_workers=args.num_workers)
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,
-                                      weight_decay=args.weight_decay)
+                                      weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.recipe == "modern" and args.precision == "fp16")
     return Training(model, split, sampler, loader, optimizer, scaler)
 

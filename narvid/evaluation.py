@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from narvid import fusion
-from narvid.data.datasets import FrameDataset, Split, collate, tokenize
+from narvid.data.datasets import FrameDataset, Split, collate
+from narvid.data.frames import Picture
 from narvid.data.loader import make_loader
 from narvid.distributed import World, agree, collect, join_columns, share, total
 from narvid.metrics import NAMES, retrieval_metrics
@@ -26,7 +27,8 @@ from narvid.progress import tqdm
 class Encoding(NamedTuple):
     """How a split is turned into features: everything the trainer's flags say about it."""
 
-    image_size: int
+    picture: Picture
+    tokenize: Callable  # (texts, max_words) -> tokens (N, T), word_mask (N, T): the towers' Tokenizer
     max_words: int
     max_frames: int
     batch_size: int  # videos, or queries, at a time
@@ -43,10 +45,10 @@ def encode_videos(model, split: Split, encoding: Encoding, world: World) -> Name
     No rank ever holds all videos: the queries travel, and they are smaller.
     """
     mine = share(len(split.videos), world)
-    dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.image_size)
+    dataset = FrameDataset(split, np.arange(len(split.videos)), encoding.picture)
     batches = [list(mine)[i:i + encoding.batch_size] for i in range(0, len(mine), encoding.batch_size)]
-    to_batch = partial(collate, split=split, max_words=encoding.max_words, max_frames=encoding.max_frames,
-                       with_queries=False)
+    to_batch = partial(collate, split=split, tokenize=encoding.tokenize, max_words=encoding.max_words,
+                       max_frames=encoding.max_frames, with_queries=False)
     loader = make_loader(dataset, to_batch, batches, num_workers=encoding.num_workers)
     parts = []
     for batch in tqdm(loader, desc="encode videos", unit="batch", leave=False, disable=world.rank > 0):
@@ -64,7 +66,7 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
 
     videos: this rank's share, of `encode_videos`. Encoding the queries is shared too, and each scores all of them.
     """
-    tokens, word_mask = tokenize(queries, encoding.max_words)
+    tokens, word_mask = encoding.tokenize(queries, encoding.max_words)
     scores = {view: torch.zeros(len(queries), len(videos[0])) for view in encoding.views}
     order = word_mask.sum(dim=1).argsort(stable=True)  # queries of like length together: little padding
     # Several batches go to one `score`, which prepares the videos anew in every call.
@@ -82,7 +84,8 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
 
 def _encode_queries(model, tokens: Tensor, word_mask: Tensor, encoding: Encoding, world: World) -> NamedTuple:
     """tokens, word_mask (B, L) -> the method's features of these queries on every rank; each encodes its share."""
-    length = int(word_mask.sum(dim=1).max())  # the same on all ranks, whatever their shares
+    # The same on all ranks, whatever their shares; some towers read their texts in full length.
+    length = tokens.shape[1] if encoding.tokenize.whole else int(word_mask.sum(dim=1).max())
     mine = share(len(tokens), world)
     rows = torch.arange(mine.start, mine.stop) if mine else torch.zeros(1, dtype=torch.long)  # no tower takes nothing
     with encoding.autocast():
@@ -105,7 +108,7 @@ def frames_kept(model, queries: list[str], videos: NamedTuple, encoding: Encodin
     queries = queries[::-(-len(queries) // 1000)]
     kept: dict[str, int] = {}
     for start in range(0, len(queries), encoding.batch_size):
-        tokens, word_mask = tokenize(queries[start:start + encoding.batch_size], encoding.max_words)
+        tokens, word_mask = encoding.tokenize(queries[start:start + encoding.batch_size], encoding.max_words)
         with encoding.autocast():
             encoded = model.encode_queries(tokens.to(world.device), word_mask.to(world.device))
         for view, weights in (model.kept(encoded, videos) or {}).items():
@@ -128,7 +131,7 @@ def show_kept(model, texts: list[str], split: Split, videos: NamedTuple, scores:
     of_texts = score_queries(model, texts, videos, encoding, world)
     lines = []
     for row, text in enumerate(texts):
-        encoded = _encode_queries(model, *tokenize([text], encoding.max_words), encoding, world)
+        encoded = _encode_queries(model, *encoding.tokenize([text], encoding.max_words), encoding, world)
         kept = {view: weights[0].T.cpu() for view, weights in (model.kept(encoded, videos) or {}).items()}  # (K, V)
         kept = join_columns(kept, world) if kept else {}
         if world.rank > 0:

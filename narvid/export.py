@@ -95,8 +95,8 @@ def card(folder: str, model: torch.nn.Module, flags: argparse.Namespace, data: d
     return CARD.format(title=folder, folder=folder, of=of, named=named(flags).removeprefix("--method "), results=text,
                        data="\n".join(lines),
                        narration_used=" and of each sentence of a narration, one a frame" if narrated else "",
-                       clip_model=Path(flags.clip_model).stem, side=model.clip.config.image_size,
-                       dim=model.clip.config.embed_dim, max_frames=flags.max_frames, max_words=flags.max_words)
+                       clip_model=Path(flags.clip_model).stem, side=model.clip.picture.size,
+                       dim=model.clip.dim, max_frames=flags.max_frames, max_words=flags.max_words)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narvid.towers import encode_frames, encode_text, load_released_towers, load_weights
+from narvid.towers import BlockForm, Towers, load_released_towers, load_weights
 
 MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-modal interaction, filtering, hard negatives
 
@@ -54,6 +54,7 @@ class NarVidConfig:
     positions: int = 77
     dropout: float = 0.1
     temperature: float = 0.1
+    block: BlockForm | None = None  # of the temporal encoders: the text tower's, from which they start; None: OpenAI's
 
     def __post_init__(self):
         if self.dim % 64:
@@ -111,37 +112,38 @@ class CoAttention(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Pre-LN transformer block, QuickGELU unless it started from a text block; names as in CLIP, whose blocks it takes.
-    """
+    """Pre-LN transformer block; names as in CLIP, whose text blocks it takes. form None: as in OpenAI's towers."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, form: BlockForm | None = None):
         super().__init__()
-        self.quick_gelu = True
+        heads, hidden, self.activation = form or BlockForm(dim // 64, 4 * dim, "quick_gelu")
         self.ln_1 = nn.LayerNorm(dim, eps=1e-12)  # the family's eps: 1e-5 moves released checkpoints' logits
-        self.attn = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(dim, eps=1e-12)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, hidden), "c_proj": nn.Linear(hidden, dim)})
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """x (V, K, D), padding (V, K) True = no key -> (V, K, D)."""
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, key_padding_mask=padding, need_weights=False)[0]
         h = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+        if self.activation == "quick_gelu":
+            return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+        return x + self.mlp["c_proj"](F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
-    def start_from(self, clip: nn.Module, layer: int) -> None:
-        """Copy CLIP's text block of that number, and its activation: the weights are made for it."""
-        self.load_state_dict(clip.transformer.resblocks[layer].state_dict())
-        self.quick_gelu = clip.config.temporal_quick_gelu
+    def start_from(self, towers: Towers, layer: int) -> None:
+        """Copy the text tower's block of that number, and its activation: the weights are made for it."""
+        self.load_state_dict(towers.text_blocks()[layer].state_dict())
+        self.activation = towers.block_form().activation
 
 
 class TemporalEncoder(nn.Module):
     """Eq. 3: learned positions, blocks, and the input as residual (CLIP4Clip's seqTransf)."""
 
-    def __init__(self, dim: int, layers: int, positions: int):
+    def __init__(self, dim: int, layers: int, positions: int, form: BlockForm | None = None):
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(positions, dim))
-        self.blocks = nn.ModuleList(TemporalBlock(dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(TemporalBlock(dim, form) for _ in range(layers))
         self.apply(init_linear)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -153,15 +155,17 @@ class TemporalEncoder(nn.Module):
             h = block(h, padding)
         return x + h
 
-    def start_from_text_tower(self, clip: nn.Module) -> bool:
-        """Copy CLIP's text positions and first blocks, as CLIP4Clip does; False where the widths differ."""
-        if clip.positional_embedding.shape[1] != self.positions.shape[1]:
+    def start_from_text_tower(self, towers: Towers) -> bool:
+        """Copy the text tower's positions and first blocks, as CLIP4Clip does; False where it has none that fit."""
+        blocks = towers.text_blocks()
+        if not blocks:
             return False
         with torch.no_grad():
-            n = min(len(self.positions), len(clip.positional_embedding))
-            self.positions[:n] = clip.positional_embedding[:n]
-        for layer, block in enumerate(self.blocks[:len(clip.transformer.resblocks)]):
-            block.start_from(clip, layer)
+            positions = towers.of_text.positional_embedding
+            n = min(len(self.positions), len(positions))
+            self.positions[:n] = positions[:n]
+        for layer, block in enumerate(self.blocks[:len(blocks)]):
+            block.start_from(towers, layer)
         return True
 
 
@@ -174,7 +178,7 @@ class Heads(nn.Module):
     def __init__(self, config: NarVidConfig):
         super().__init__()
         self.config = config
-        dim, temporal = config.dim, (config.dim, config.temporal_layers, config.positions)
+        dim, temporal = config.dim, (config.dim, config.temporal_layers, config.positions, config.block)
         # Eq. 3 prints one temporal encoder. Frames and sentences have one each, as in the released model.
         self.temporal_frames = TemporalEncoder(*temporal)
         if "CMI" in config.modules:
@@ -200,16 +204,16 @@ class Heads(nn.Module):
         logits = widen(self.word_weight_mlp(words)).squeeze(-1) / self.config.temperature  # (B, L)
         return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=1).to(words.dtype)
 
-    def start_from_text_tower(self, clip: nn.Module) -> bool:
-        """Start the temporal encoders from CLIP's text tower; False (nothing done) where the widths differ."""
+    def start_from_text_tower(self, towers: Towers) -> bool:
+        """Start the temporal encoders from the text tower; False (nothing done) where it has no blocks that fit."""
         encoders = [m for m in self.children() if isinstance(m, TemporalEncoder)]
-        return all([encoder.start_from_text_tower(clip) for encoder in encoders])
+        return all([encoder.start_from_text_tower(towers) for encoder in encoders])
 
 
 class NarVid(nn.Module):
     """The towers and the heads: tokens and pixels -> Queries and Videos."""
 
-    def __init__(self, clip: nn.Module, config: NarVidConfig):
+    def __init__(self, clip: Towers, config: NarVidConfig):
         super().__init__()
         self.clip = clip
         self.heads = Heads(config)
@@ -224,7 +228,7 @@ class NarVid(nn.Module):
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries."""
         fine = "NM" in self.heads.config.modules
-        eos, words = encode_text(self.clip, tokens)
+        eos, words = self.clip.encode_text(tokens)
         eos, words = widen(eos), widen(words)
         return Queries(eos, words, word_mask, self.heads.word_weights(words, word_mask) if fine else None)
 
@@ -235,10 +239,10 @@ class NarVid(nn.Module):
         sentences (U, M): the distinct sentences of the batch, each encoded once; sentence_of_frame (V, K) says which of
         them stands beside each frame; narration_mask (V, K). All three None where narration matching is off.
         """
-        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # the real frames only
+        video = place_frames(self.clip.encode_frames(frames[mask]), mask)  # the real frames only
         narration = None
         if "NM" in self.heads.config.modules:
-            eos, _ = encode_text(self.clip, sentences, words=False)  # (U, D)
+            eos, _ = self.clip.encode_text(sentences, words=False)  # (U, D)
             narration = widen(eos)[sentence_of_frame]  # (V, K, D)
         return self.heads.enhance(video, narration, mask, narration_mask)
 

@@ -69,7 +69,7 @@ class Profile:
     def cut_short(self) -> str | None:
         """At the end of a run that had too few steps: what was measured of them, and a sentence; else None."""
         asked, measured = self.steps, self.seen - self.warm_up
-        if measured >= asked:
+        if not asked or measured >= asked:
             return None
         self.steps = max(measured, 0)
         said = (f"--profile {asked}: the run ended after {self.seen} steps, of which the first {self.warm_up} are not "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from narvid import InputError, distributed
-from narvid.data.datasets import Item, Split, collate, tokenize
+from narvid.data.datasets import Item, Split, collate
 from narvid.data.frames import pick_frames, read_frames
 from narvid.data.narrations import Narration, join, load_narrations
 from narvid.data.videos import read_video
@@ -34,6 +34,7 @@ from narvid.fusion import Statistics
 from narvid.methods import METHODS
 from narvid.run.build import build_model, encoding_of
 from narvid.run.exported import load_model
+from narvid.towers.architectures import find_model
 from narvid.run.settings import is_ours, named, parse_args
 
 Sentences = Sequence[tuple[float, str] | Mapping]  # (seconds, text), or {"time": seconds, "text": text}
@@ -55,13 +56,14 @@ class Retriever:
         self.narrated = "narration" in METHODS[flags.method].reads(flags)
 
     @classmethod
-    def load(cls, source: str | Path | None, *, towers: str = "ViT-B-32", pretrained: str = "openai",
-             device: str | None = None, eval_precision: str = "fp32") -> Retriever:
-        """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain CLIP.
+    def load(cls, source: str | Path | None, *, towers: str = "ViT-B-32", pretrained: str | None = "openai",
+             tokenizer: str | None = None, device: str | None = None, eval_precision: str = "fp32") -> Retriever:
+        """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain towers.
 
-        towers, pretrained: open_clip's names, or files, of plain CLIP; of a released file `towers` alone counts, the
-        other sources bring their own. device: "cpu", "cuda", ...; None takes a GPU if there is one. eval_precision: as
-        the trainer's flag of that name; in fp32 scores are evaluation's to 1e-5.
+        towers, pretrained: of plain towers, as for towers.load_towers; of a released file `towers` alone counts, the
+        other sources bring their own. tokenizer: folder of one that is not CLIP's, for any source. device: "cpu",
+        "cuda", ...; None takes a GPU if there is one. eval_precision: as the trainer's flag of that name; in fp32
+        scores are evaluation's to 1e-5.
         InputError, one sentence, for what cannot be loaded. Nothing in the files is executed.
         """
         argv = ["--eval_only", "--output_dir", ".", "--num_workers", "0", "--eval_precision", eval_precision]
@@ -69,9 +71,15 @@ class Retriever:
         ours, data = is_ours(stored), data_of(stored)
         del stored  # weights, which are read once more when the model is built
         if source is None:
-            argv += ["--method", "zeroshot", "--clip_model", towers, "--clip_pretrained", pretrained]
+            try:
+                longest = find_model(towers).config["text_cfg"].get("context_length", 77)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            argv += ["--method", "zeroshot", "--clip_model", towers, "--max_words", str(min(64, longest))]
+            argv += ["--clip_pretrained", pretrained] if pretrained else []
         else:
             argv += [f"--checkpoint={source}"] + ([] if ours else ["--clip_model", towers])
+        argv += ["--tokenizer", tokenizer] if tokenizer else []
         try:
             flags = parse_args(argv)
         except SystemExit as error:  # a mistaken flag ends a command, a library must not
@@ -93,7 +101,7 @@ class Retriever:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise InputError("there is no text to encode: give at least one")
-        tokens, word_mask = (x.to(self.device) for x in tokenize(texts, self.encoding.max_words))
+        tokens, word_mask = (x.to(self.device) for x in self.encoding.tokenize(texts, self.encoding.max_words))
         with self.encoding.autocast():
             return concatenate([self.model.encode_queries(*part) for part in zip(
                 tokens.split(self.encoding.batch_size), word_mask.split(self.encoding.batch_size))])
@@ -125,7 +133,7 @@ class Retriever:
         """A video's picked frames (k, 3, S, S), and the sentence of each."""
         clip = read_video(path)
         picked = pick_frames(len(clip.times), self.encoding.max_frames)
-        frames = read_frames([BytesIO(clip.jpegs[k]) for k in picked], self.encoding.image_size)
+        frames = read_frames([BytesIO(clip.jpegs[k]) for k in picked], self.encoding.picture)
         if narration is None:
             return frames, [None] * len(picked)
         where = source if isinstance(source, (str, Path)) else "narrations"
@@ -143,9 +151,10 @@ class Retriever:
         parts = []
         for start in range(0, len(items), self.encoding.batch_size):
             batch = collate(items[start:start + self.encoding.batch_size], split=split, with_queries=False,
-                            max_words=self.encoding.max_words, max_frames=self.encoding.max_frames)
+                            tokenize=self.encoding.tokenize, max_words=self.encoding.max_words,
+                            max_frames=self.encoding.max_frames)
             if self.narrated and not len(batch.sentences):  # the tower wants a text to read; the mask hides it
-                batch = batch._replace(sentences=tokenize([""], self.encoding.max_words)[0])
+                batch = batch._replace(sentences=self.encoding.tokenize([""], self.encoding.max_words)[0])
             _, _, _, _, *inputs = batch.to(self.device)
             with self.encoding.autocast():
                 parts.append(self.model.encode_videos(*inputs))

@@ -36,13 +36,14 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
 import main_task_retrieval as trainer
+from narvid.towers.tokenizer import Tokenizer
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, Split, collate, tokenize
+from narvid.data.datasets import FrameDataset, Split, collate
 from narvid.data.loader import PairSampler, make_loader
 from narvid.distributed import World
 from narvid.files import write_json_lines
 from narvid.flags import command, count, positive
-from narvid.data.frames import frame_paths, load_frame_index, read_frames
+from narvid.data.frames import Picture, frame_paths, load_frame_index, read_frames
 from narvid.data.narrations import load_narrations
 
 K = 12  # frames read together: those of a video
@@ -81,8 +82,9 @@ def ways_of_reading(paths: list[str], size: int, packed: Path) -> dict[str, Call
     return {
         REFERENCE: lambda some: torch.stack([transform(Image.open(path).convert("RGB")) for path in some]),
         "OpenCV, bilinear: other pixels": with_opencv,
-        "read_frames, folders": lambda some: read_frames(some, size),
-        "read_frames, one packed file": lambda some: read_frames([io.BytesIO(raw) for raw in from_pack(some)], size),
+        "read_frames, folders": lambda some: read_frames(some, Picture(size)),
+        "read_frames, one packed file": lambda some: read_frames(
+            [io.BytesIO(raw) for raw in from_pack(some)], Picture(size)),
         "bytes alone, folders": lambda some: [Path(path).read_bytes() for path in some],
         "bytes alone, one packed file": from_pack,
     }
@@ -136,7 +138,7 @@ def bench_text(rounds: int) -> None:
         for number in range(rounds):
             texts = [f"{text} {number} {i}" for i in range(200)]
             start = time.thread_time()
-            tokens, _ = tokenize(texts, 77)
+            tokens, _ = Tokenizer({})(texts, 77)
             seconds.append((time.thread_time() - start) / len(texts))
         each = np.median(seconds)
         print(f"{f'{name}, {tokens.shape[1]} tokens':34} {1 / each:9.0f} {1000 * each:12.3f}")
@@ -150,8 +152,8 @@ def bench_loader(times: dict[str, list[float]], frames_dir: Path, size: int, wor
     videos = list(times)
     picks = [list(range(len(times[video]))) for video in videos]
     split = Split(videos, np.arange(len(videos)), videos, frames_dir, picks, None, [], 0)
-    dataset = FrameDataset(split, np.tile(np.arange(len(videos)), 4), size, segments=K)
-    to_batch = partial(collate, split=split, max_words=64, max_frames=K, with_queries=False)
+    dataset = FrameDataset(split, np.tile(np.arange(len(videos)), 4), Picture(size), segments=K)
+    to_batch = partial(collate, split=split, tokenize=Tokenizer({}), max_words=64, max_frames=K, with_queries=False)
     items = np.arange(len(dataset))
     batches = [items[i : i + 8].tolist() for i in range(0, len(items), 8)]
     loader = make_loader(dataset, to_batch, batches, num_workers=workers)
@@ -218,8 +220,9 @@ def bench_startup(corpus: Path, size: int, workers: int, sampling: str, *, cold:
     mark()
     sampler = PairSampler(len(train.queries), args.batch_size, rank=0, world_size=1, seed=args.seed)
     segments = args.max_frames if sampling == "segments" else None
-    dataset = FrameDataset(train, train.video_of_query, size, segments=segments, seed=args.seed)
-    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    dataset = FrameDataset(train, train.video_of_query, Picture(size), segments=segments, seed=args.seed)
+    to_batch = partial(collate, split=train, tokenize=Tokenizer({}), max_words=args.max_words,
+                       max_frames=args.max_frames, with_queries=True)
     next(iter(make_loader(dataset, to_batch, sampler, num_workers=workers)))
     mark()
     index, narrations, data, batch = np.diff(np.array(marks), axis=0)
@@ -242,8 +245,9 @@ def bench_epoch(corpus: Path, size: int, workers: int) -> None:
     args = trainer.parse_args(["--data_dir", str(corpus), "--output_dir", "unused"])
     train = trainer.load_data(args, World(0, 1, torch.device("cpu")))["train"]
     sampler = PairSampler(len(train.queries), args.batch_size, rank=0, world_size=1, seed=args.seed)
-    dataset = FrameDataset(train, train.video_of_query, size, cache=True)
-    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    dataset = FrameDataset(train, train.video_of_query, Picture(size), cache=True)
+    to_batch = partial(collate, split=train, tokenize=Tokenizer({}), max_words=args.max_words,
+                       max_frames=args.max_frames, with_queries=True)
     shown = {max(1, round(sampler.steps * part)) for part in (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)}
     print(f"\n{workers} workers, {len(train.queries)} pairs\n   pairs   MB of its own, each worker")
     for step, _ in enumerate(make_loader(dataset, to_batch, sampler, num_workers=workers), 1):

@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> tuple[list, c
     model.to(world.device).train()
     optimizer = optim.build_optimizer(model, recipe="modern", lr=1e-4, clip_lr=1e-6, weight_decay=0.2)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    batch = make_batch(args.videos, args.frames, config.image_size)
+    batch = make_batch(args.videos, args.frames, model.clip.picture.size)
     formula = cost.Traffic(0, 0, 0)
     if world.size > 1:
         formula = cost.traffic(args.videos * world.size, args.frames, config.embed_dim, cost.gradient_bytes(model))

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_task_retrieval as trainer
 from narvid import distributed
-from narvid.towers import compile_blocks, encode_frames, encode_text
+from narvid.towers import compile_blocks
 from narvid.run import optim
 from narvid.data.datasets import Batch
 from narvid.flags import Parser, command, count, positive
@@ -71,9 +71,8 @@ class Bench:
                                         str(args.frames), "--select_on", "last", "--output_dir", "unused"])
         trainer.seed_everything(self.args)
         self.model = trainer.build_model(self.args)
-        config = self.model.clip.config
         self.model.to(world.device).train()
-        self.side = config.image_size
+        self.side = self.model.clip.picture.size
         self.optimizer = optim.build_optimizer(self.model, recipe="modern", lr=1e-4, clip_lr=1e-6, weight_decay=0.2)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=False)
         self.batch = make_batch(args.videos, args.frames, self.side).to(world.device)
@@ -97,8 +96,8 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         batch, towers = self.batch, self.model.clip
         with trainer.autocast(self.args, self.world.device):
-            made = [encode_frames(towers, batch.frames[batch.mask]), *encode_text(towers, batch.tokens),
-                    encode_text(towers, batch.sentences, words=False)[0]]
+            made = [towers.encode_frames(batch.frames[batch.mask]), *towers.encode_text(batch.tokens),
+                    towers.encode_text(batch.sentences, words=False)[0]]
         torch.autograd.backward(made, [torch.full_like(x, 1e-3) for x in made])
 
     def heads(self) -> None:

@@ -330,8 +330,10 @@ def loader_speed(work: Work, add: Add) -> None:
                                   "--max_frames", str(frames), "--select_on", "last"])
     split = trainer.load_data(options, CPU)["train"]
     sampler = PairSampler(len(split.queries), videos, rank=0, world_size=1, seed=0, accumulation=1)
-    to_batch = partial(collate, split=split, max_words=options.max_words, max_frames=frames, with_queries=True)
-    loader = make_loader(FrameDataset(split, split.video_of_query, bench.side), to_batch, sampler, num_workers=workers)
+    to_batch = partial(collate, split=split, tokenize=bench.model.clip.tokenizer, max_words=options.max_words,
+                       max_frames=frames, with_queries=True)
+    dataset = FrameDataset(split, split.video_of_query, bench.model.clip.picture)
+    loader = make_loader(dataset, to_batch, sampler, num_workers=workers)
     batches, waited, took = iter(loader), [], []
     for _ in range(steps):
         start = time.perf_counter()

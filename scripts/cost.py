@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from narvid.towers import ClipConfig, build_towers, encode_frames, encode_text
+from narvid.towers import ClipConfig, build_towers
 from narvid.run import optim
 from narvid.files import read_yaml
 from narvid.flags import Parser, command, positive_float, share
@@ -107,8 +107,8 @@ def flops_of_towers() -> tuple[int, int]:
     with torch.device("meta"):
         picture = torch.zeros(1, 3, *towers.visual.image_size)
         text = torch.zeros(1, PAIR_WORDS, dtype=torch.long)
-    return (flops(lambda: encode_frames(towers, picture).sum()),
-            flops(lambda: encode_text(towers, text)[1].sum()))
+    return (flops(lambda: towers.encode_frames(picture).sum()),
+            flops(lambda: towers.encode_text(text)[1].sum()))
 
 
 @cache

@@ -97,7 +97,7 @@ def as_number(value: object) -> float | str:
 
 def read_model_config(path: Path) -> dict:
     try:
-        return towers._architecture(str(path))
+        return towers.checked_model(str(path)).config
     except ValueError as error:
         if not isinstance(error, InputError) and not str(error).startswith("--clip_model"):
             raise

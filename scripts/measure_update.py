@@ -89,8 +89,9 @@ def measure(argv: list[str], steps: int, world: distributed.World, splits: dict 
                           accumulation=args.gradient_accumulation_steps)
     if steps > sampler.steps:
         raise InputError(f"--steps {steps}: one epoch has {sampler.steps}; ask for fewer")
-    dataset = FrameDataset(train, train.video_of_query, model.clip.config.image_size, seed=args.seed)
-    to_batch = partial(collate, split=train, max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
+    dataset = FrameDataset(train, train.video_of_query, model.clip.picture, seed=args.seed)
+    to_batch = partial(collate, split=train, tokenize=model.clip.tokenizer, max_words=args.max_words,
+                       max_frames=args.max_frames, with_queries=True)
     batches = iter(make_loader(dataset, to_batch, sampler, num_workers=args.num_workers))
     optimizer = optim.build_optimizer(model, recipe=args.recipe, lr=args.lr, clip_lr=args.clip_lr,
                                       weight_decay=args.weight_decay)

@@ -21,7 +21,7 @@ from PIL import Image
 
 import main_task_retrieval as trainer
 from narvid import InputError, Retriever
-from narvid.data.frames import frame_paths, read_frames
+from narvid.data.frames import Picture, frame_paths, read_frames
 from narvid.flags import as_argv
 from narvid.report import gallery, tables
 from narvid.run.settings import build_parser
@@ -81,7 +81,8 @@ def test_the_retriever_scores_as_that_commit_did(home):
     model = Retriever.load("run", device="cpu")
     args = trainer.parse_args([*argv_of(home / "run"), "--checkpoint", "run/best.pt"])
     split = trainer.load_data(args, tiny.World(0, 1, torch.device("cpu")))["test"]
-    frames = [read_frames(frame_paths(split.frames_dir, v, picks), 32) for v, picks in zip(split.videos, split.picks)]
+    frames = [read_frames(frame_paths(split.frames_dir, v, picks), Picture(32))
+              for v, picks in zip(split.videos, split.picks)]
     scores = model.score(model.encode_queries(split.queries), model.encode_frames(frames, split.sentences))
     with np.load("run/similarity.npz") as wanted:
         for view, name in (("video", "S_qv"), ("narration", "S_qn")):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from narvid.towers.tokenizer import Tokenizer
 from narvid import InputError, files
 from narvid.data import datasets, extraction, frames, narrations, titles
 from narvid.data.frames import load_frame_index, read_list
@@ -107,7 +108,7 @@ PLACES = {  # a command's reader -> the name that it looks for
     "train.jsonl": datasets.read_pairs, "prepared.json": datasets._missing,
     "index.jsonl": lambda path: load_frame_index(path.parent), "list.jsonl": lambda path: read_list([path]),
     "narrations.jsonl": narrations.load_narrations, "titles.json": lambda path: titles.load_titles([path], (), 3),
-    "clip.json": lambda path: towers._architecture(str(path)), "checked.json": check_data.read_prepared,
+    "clip.json": lambda path: towers.checked_model(str(path)), "checked.json": check_data.read_prepared,
     "results.jsonl": lambda path: runs.read_results(path.parent), "config.yaml": config_of,
     "preset.yaml": lambda path: settings.preset_flags(str(path)),
     "1-of-1.jsonl": lambda path: journals.read_known(path.parent.with_suffix(""), None),
@@ -300,7 +301,7 @@ def test_a_frame_that_promises_a_gigantic_picture_is_refused(tmp_path, size):
     sides = b"".join(side.to_bytes(2, "big") for side in size)
     (tmp_path / "00000.jpg").write_bytes(content[:at] + sides + content[at + 4:])
     assert f"frame {tmp_path / '00000.jpg'} cannot be decoded" in refusal(
-        frames.read_frames, [tmp_path / "00000.jpg"], 32)
+        frames.read_frames, [tmp_path / "00000.jpg"], frames.Picture(32))
 
 
 # ---- captions that hold the tokenizer's own marks ----
@@ -309,7 +310,7 @@ def test_a_frame_that_promises_a_gigantic_picture_is_refused(tmp_path, size):
 @pytest.mark.parametrize(
     "mark", ["<end_of_text>", "<START_OF_TEXT>", "&lt;end_of_text&gt;", "&amp;lt;end_of_text&amp;gt;"])
 def test_the_tokenizers_marks_in_a_caption_end_nothing(mark):
-    tokens, mask = datasets.tokenize([f"a man {mark} runs", "a man runs"], 32)
+    tokens, mask = Tokenizer({})([f"a man {mark} runs", "a man runs"], 32)
     start, end = 49406, 49407
     assert (tokens == start).sum(dim=1).tolist() == [1, 1] and (tokens == end).sum(dim=1).tolist() == [1, 1]
     assert tokens[0, int(mask[0].sum()) - 2] == tokens[1, int(mask[1].sum()) - 2]  # both end with "runs"
@@ -317,9 +318,9 @@ def test_the_tokenizers_marks_in_a_caption_end_nothing(mark):
 
 
 def test_a_word_of_a_million_letters_takes_no_hours():
-    tokens, mask = datasets.tokenize(["x" * 10**6 + " y", "".join(chr(97 + 7 * n % 26) for n in range(10**5))], 77)
+    tokens, mask = Tokenizer({})(["x" * 10**6 + " y", "".join(chr(97 + 7 * n % 26) for n in range(10**5))], 77)
     assert mask.sum(dim=1).tolist() == [77, 77]
-    assert max(map(len, datasets._tokenizer().encoder)) < 40
+    assert max(map(len, Tokenizer({}).load().encoder)) < 40
 
 
 # ---- the rest ----

@@ -35,6 +35,15 @@ VIDEOS = {"train": 13, "val": 9, "test": 11}
 CLIP = {"embed_dim": 64,
         "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
+# Towers of other families, as files beside clip.json: a text tower that sees its padding, and a timm image tower.
+OTHER_TOWERS = {
+    "siglip": {"embed_dim": 64, "custom_text": True, "init_logit_bias": -10, "vision_cfg": CLIP["vision_cfg"],
+               "text_cfg": {"context_length": 24, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2,
+                            "hf_tokenizer_name": "none", "no_causal_mask": True, "pool_type": "last",
+                            "proj_bias": True, "act_kwargs": {"approximate": "tanh"}}},
+    "timm": {"embed_dim": 64, "custom_text": True,
+             "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": None, "image_size": 160},
+             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}}
 # Method -> the settings that train or compute something else than its defaults; a method that is not named has one.
 FORMS = {"narvid": [["--hard_loss", "hinge"], ["--hard_loss", "nce", "--freeze_layers", "-1"], ["--modules"]],
          "clip4clip": [["--head", "meanP"], ["--head", "seqLSTM", "--linear_patch", "3d"], ["--head", "seqTransf"],
@@ -66,6 +75,9 @@ def make_corpus(folder: Path) -> Path:
     _write_lines(folder / "narrations.jsonl", narrations)
     (folder / "titles.json").write_text(json.dumps(titles))
     (folder / "clip.json").write_text(json.dumps(CLIP))
+    for name, config in OTHER_TOWERS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    _write_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -96,6 +108,26 @@ def _queries(seen: list[list[str]], rng, count: int) -> list[str]:
     forms = ["{}{} turns {}", "something {}{} becomes {}", "{}{} and then, after a while, {}", "{}{} {}"]
     return [forms[rng.randint(4)].format("very " * rng.randint(8), seen[0][rng.randint(4)], seen[-1][rng.randint(4)])
             for _ in range(count)]  # of many lengths
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Whole words of the corpus, as SigLIP's tokenizer frames them: an end token, which is the padding too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast  # here: a second, which few tests need
+
+    words = "a picture of and with below turns something becomes then after while very , film".split()
+    vocabulary = {word: n for n, word in enumerate(["<unk>", "</s>", *words, *sorted(COLOURS)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="</s>",
+                            eos_token="</s>").save_pretrained(folder)
+
+
+def towers_of(corpus: Path, name: str) -> list[str]:
+    """The flags of OTHER_TOWERS."""
+    tokenizer = ["--tokenizer", str(corpus / "tokenizer")] if name == "siglip" else []
+    return ["--clip_model", str(corpus / f"{name}.json"), *tokenizer]
 
 
 def _write_lines(path: Path, entries: list[dict]) -> None:
@@ -149,10 +181,10 @@ def first_step(argv: list[str], rank: int = 0, world_size: int = 1) -> FirstStep
     model = trainer.build_model(args)
     sampler = PairSampler(len(split.queries), args.batch_size, rank=rank, world_size=world_size, seed=args.seed,
                           accumulation=args.gradient_accumulation_steps)
-    dataset = FrameDataset(split, split.video_of_query, model.clip.config.image_size)
+    dataset = FrameDataset(split, split.video_of_query, model.clip.picture)
     items = list(sampler)[:args.gradient_accumulation_steps]
-    batches = [collate([dataset[i] for i in some], split=split, max_words=args.max_words, max_frames=args.max_frames,
-                       with_queries=True) for some in items]
+    batches = [collate([dataset[i] for i in some], split=split, tokenize=model.clip.tokenizer,
+                       max_words=args.max_words, max_frames=args.max_frames, with_queries=True) for some in items]
     return FirstStep(args, split, model, batches)
 
 

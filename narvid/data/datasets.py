@@ -11,30 +11,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from narvid import InputError
 from narvid.data.features import Features
-from narvid.data.frames import check_jpg, draw_frames, frame_paths, pick_frames, read_frames
+from narvid.data.frames import Picture, check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from narvid.data.loader import SHARED_MEMORY, free_shared_memory
 from narvid.data.narrations import Narration, join
 from narvid.files import read_json, read_json_lines
 from narvid.progress import tqdm
 
-OWN_MARKS = re.compile("<(start|end)_of_text>")
-LONGEST_TEXT = 40 * 77  # letters: CLIP's longest token has fewer than 40, and a word of a million takes its BPE hours
 AGAIN = "prepare the annotations again (data/prepare_<corpus>.py)"
 
 
@@ -202,7 +197,7 @@ def check_frames(split: Split, videos: Sequence[int]) -> list[int]:
 
 
 class FrameDataset(Dataset):
-    """Item i: the picked frames of video `video_of_item[i]`, resized to size x size.
+    """Item i: the picked frames of video `video_of_item[i]`, resized as `picture` says to size x size.
 
     Items are queries in training (video_of_item = split.video_of_query) and videos in evaluation (0..V-1). `cache`
     keeps decoded frames in memory shared by the loader's workers: V * K * 3 * size^2 bytes.
@@ -211,9 +206,9 @@ class FrameDataset(Dataset):
     draw comes from (seed, epoch, item) alone, whatever worker or rank makes it; nothing else here is random.
     """
 
-    def __init__(self, split: Split, video_of_item: np.ndarray, size: int, *, cache: bool = False,
+    def __init__(self, split: Split, video_of_item: np.ndarray, picture: Picture, *, cache: bool = False,
                  segments: int | None = None, seed: int = 0):
-        self.split, self.video_of_item, self.size = split, video_of_item, size
+        self.split, self.video_of_item, self.picture = split, video_of_item, picture
         self.segments, self.seed = segments, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive an epoch and must see it
         self.cached = None
@@ -222,11 +217,12 @@ class FrameDataset(Dataset):
                              "new ones: leave one of the two out")
         if cache:
             longest = max(map(len, split.picks))
-            needed = len(split.videos) * longest * 3 * size**2
+            side = picture.size
+            needed = len(split.videos) * longest * 3 * side**2
             if needed > free_shared_memory():
                 raise InputError(f"--cache_frames needs {needed / 2**30:.1f} GiB of shared memory a process, more than "
                                  f"is free in {SHARED_MEMORY}; leave it out or enlarge that")
-            self.cached = torch.empty(len(split.videos), longest, 3, size, size, dtype=torch.uint8).share_memory_()
+            self.cached = torch.empty(len(split.videos), longest, 3, side, side, dtype=torch.uint8).share_memory_()
             self.filled = torch.zeros(len(split.videos), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -236,7 +232,7 @@ class FrameDataset(Dataset):
     def item_bytes(self) -> int:
         """Of the largest item's frames; 0 for features, which are small."""
         longest = self.segments or max(map(len, self.split.picks))
-        return 0 if self.split.features else longest * 3 * self.size**2
+        return 0 if self.split.features else longest * 3 * self.picture.size**2
 
     def __getitem__(self, i: int) -> Item:
         video = int(self.video_of_item[i])
@@ -247,7 +243,7 @@ class FrameDataset(Dataset):
         if self.cached is not None and self.filled[video]:
             return Item(i, video, self.cached[video, :len(picks)], places)
         paths = frame_paths(self.split.frames_dir, self.split.videos[video], [picks[place] for place in places])
-        frames = read_frames(paths, self.size)
+        frames = read_frames(paths, self.picture)
         if self.cached is not None:
             self.cached[video, :len(picks)] = frames
             self.filled[video] = True  # last: another worker may look at any moment
@@ -262,8 +258,9 @@ class FrameDataset(Dataset):
                 return places
 
 
-def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int, with_queries: bool) -> Batch:
-    """Items -> Batch. Frames are padded to max_frames and masked; text is as long as the longest of the batch."""
+def collate(items: list[Item], *, split: Split, tokenize: Callable, max_words: int, max_frames: int,
+            with_queries: bool) -> Batch:
+    """Items -> Batch. Frames are padded to max_frames and masked; tokenize(texts, max_words) as the towers' own."""
     item, video = torch.tensor([x.item for x in items]), torch.tensor([x.video for x in items])
     frames = items[0].frames.new_zeros(len(items), max_frames, *items[0].frames.shape[1:])  # (V, K, 3, H, W)
     mask = torch.zeros(len(items), max_frames, dtype=torch.bool)  # True = a real frame
@@ -291,23 +288,3 @@ def collate(items: list[Item], *, split: Split, max_words: int, max_frames: int,
         texts = list(number)
         sentences = split.features.of_sentences(texts) if split.features else tokenize(texts, max_words)[0]
     return Batch(item, video, tokens, word_mask, frames, mask, sentences, sentence_of_frame, narration_mask)
-
-
-def tokenize(texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
-    """CLIP's BPE: start token, word pieces cut to max_words - 2, end token -> tokens (N, T), mask (N, T) True = a word.
-
-    T is the longest of these texts. The padding id 0 is also that of "!", so the mask comes from the end token.
-    """
-    tokens = _tokenizer()(texts, context_length=max_words)
-    end = tokens.argmax(dim=1)
-    tokens = tokens[:, :int(end.max()) + 1 if texts else 0]
-    return tokens, torch.arange(tokens.shape[1]) <= end[:, None]
-
-
-@lru_cache(maxsize=1)
-def _tokenizer():
-    """CLIP's, but for texts that hold its own marks: `<end_of_text>` in a caption would end it there."""
-    tokenizer = open_clip.SimpleTokenizer()
-    clean = tokenizer.clean_fn  # it undoes HTML's escapes too, so the marks are looked for behind it
-    tokenizer.clean_fn = lambda text: OWN_MARKS.sub(r"< \1_of_text >", clean(text)[:LONGEST_TEXT])
-    return tokenizer

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,16 @@ _NAMES = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 TURNS = {number: Image.Transpose[name] for number, name in enumerate(_NAMES, 2)}  # what EXIF's orientation asks for
 # What PIL raises at a file that is no whole picture, or too large a one.
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
+
+
+class Picture(NamedTuple):
+    """What an image tower is given: a square of `size` pixels, its colours normalised on the device (towers)."""
+
+    size: int
+    resize: str = "shortest"  # side to `size`, then the middle is cut out; "squash": both sides to `size`
+    interpolation: str = "bicubic"  # or "bilinear"
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of colours from 0 to 1
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 def pick_frames(n: int, k: int) -> list[int]:
@@ -141,8 +151,8 @@ def check_jpg(path: str | Path) -> bytes:
     return b"%d " % size + head + tail
 
 
-def read_frames(paths: Sequence[str | Path], size: int) -> "torch.Tensor":
-    """Decode frames for CLIP: shorter side to `size`, bicubic; centre crop -> uint8 RGB (K, 3, size, size).
+def read_frames(paths: Sequence[str | Path], picture: Picture) -> "torch.Tensor":
+    """Decode frames and resize them as `picture` says -> uint8 RGB (K, 3, size, size); mean and std are not applied.
 
     The bytes equal those that open_clip's transform has before it makes floats of them, bit for bit; after the towers'
     normalisation the floats differ from open_clip's by less than 1e-6, for it divides by 255 first. What costs is
@@ -152,12 +162,12 @@ def read_frames(paths: Sequence[str | Path], size: int) -> "torch.Tensor":
     """
     import torch
 
-    pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    pixels = np.empty((len(paths), 3, picture.size, picture.size), dtype=np.uint8)
     for i, path in enumerate(paths):
-        picture = _centre_square(_open_picture(path), size)
-        if picture.mode == "RGBA":
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        pixels[i] = np.asarray(picture).transpose(2, 0, 1)
+        square = _square(_open_picture(path), picture)
+        if square.mode == "RGBA":
+            square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
+        pixels[i] = np.asarray(square).transpose(2, 0, 1)
     return torch.from_numpy(pixels)  # (K, 3, size, size)
 
 
@@ -177,16 +187,19 @@ def _open_picture(path: str | Path) -> Image.Image:
         raise InputError(f"frame {path} cannot be decoded ({e}): delete its folder and run extract_frames again") from e
 
 
-def _centre_square(picture: Image.Image, size: int) -> Image.Image:
-    """CLIP's resize and crop, with torchvision's rounding: the long side is cut to an integer, the margin rounded."""
-    width, height = picture.size
+def _square(image: Image.Image, picture: Picture) -> Image.Image:
+    """open_clip's resize and crop, with torchvision's rounding: the long side cut to an integer, the margin rounded."""
+    size, how = picture.size, Image.Resampling[picture.interpolation.upper()]
+    if picture.resize == "squash":
+        return image if image.size == (size, size) else image.resize((size, size), how)
+    width, height = image.size
     short = min(width, height)
     if max(width, height) > LONGEST * short:  # resized in whole, a line of pixels would fill the memory
         width, height = min(width, LONGEST * short), min(height, LONGEST * short)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        picture = picture.crop((left, top, left + width, top + height))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     if short != size:
         width, height = int(size * width / short), int(size * height / short)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), how)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size))

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narvid import InputError
-from narvid.towers import encode_frames, encode_text
 from narvid.flags import positive, share
 from narvid.losses import nce
 from narvid.methods.protocol import Method
 from narvid.model import CoAttentionStream, TemporalEncoder, init_linear, place_frames, widen
+from narvid.towers import Towers
 
 TITLE_LAYERS = 2
 POSITIONS = 77  # of the temporal encoder, as many as CLIP's text tower has
@@ -70,7 +69,7 @@ class Videos(NamedTuple):
 class TitleBranch(nn.Module):
     """Stage 2: titles -> one feature a video, in a text space of its own (final LayerNorm and projection)."""
 
-    def __init__(self, towers: nn.Module, dim: int, max_titles: int):
+    def __init__(self, towers: Towers, dim: int, max_titles: int):
         super().__init__()
         self.clip = nn.Module()  # by this name it is trained at the towers' rate
         self.clip.ln_final = deepcopy(towers.ln_final)
@@ -81,14 +80,10 @@ class TitleBranch(nn.Module):
             for _ in range(TITLE_LAYERS))  # post-LN, ReLU
         self.apply(init_linear)
 
-    def encode(self, towers: nn.Module, tokens: Tensor) -> Tensor:
+    def encode(self, towers: Towers, tokens: Tensor) -> Tensor:
         """Texts through the shared blocks: tokens (N, M) -> eos (N, D)."""
-        dtype = towers.text_projection.dtype
-        tower = SimpleNamespace(
-            token_embedding=towers.token_embedding, positional_embedding=towers.positional_embedding,
-            transformer=towers.transformer, attn_mask=towers.attn_mask, ln_final=self.clip.ln_final,
-            text_projection=self.clip.text_projection.to(dtype))
-        return widen(encode_text(tower, tokens, words=False)[0])
+        head = self.clip.ln_final, self.clip.text_projection.to(towers.text_projection.dtype)
+        return widen(towers.encode_text(tokens, words=False, head=head)[0])
 
     def pool(self, titles: Tensor, mask: Tensor) -> Tensor:
         """titles (V, T, D), mask (V, T) -> (V, D), the mean over real titles; 0 for a video without one."""
@@ -139,11 +134,12 @@ class Cap4Video(Method, nn.Module):
         group.add_argument("--temporal_layers", type=positive, default=4, help="blocks of the frames' temporal encoder")
         group.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
 
-    def __init__(self, towers: nn.Module, *, stage: str, titles: list[str] | None, max_titles: int,
+    def __init__(self, towers: Towers, *, stage: str, titles: list[str] | None, max_titles: int,
                  title_weight: float, temporal_layers: int, dropout: float):
         """titles: the files, for the loader alone."""
         super().__init__()
-        dim = towers.config.embed_dim
+        towers.require_openai("--method cap4video")
+        dim = towers.dim
         if dim % 64:
             raise ValueError(f"the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.clip, self.stage, self.title_weight = towers, stage, title_weight
@@ -184,7 +180,7 @@ class Cap4Video(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries; eos only in stage titles."""
-        _, words = encode_text(self.clip, tokens)
+        _, words = self.clip.encode_text(tokens)
         words = widen(words)
         eos = self.titles.encode(self.clip, tokens) if self.stage == "titles" else None
         return Queries(words, word_mask, item_weights(self.word_weight_mlp, words, word_mask), eos)
@@ -196,8 +192,8 @@ class Cap4Video(Method, nn.Module):
         titles (U, M): the distinct titles of the batch, each encoded once; title_of_slot (V, T) says which of them a
         video has, best first; title_mask (V, T).
         """
-        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
-        eos, _ = encode_text(self.clip, titles, words=False)  # (U, D)
+        video = place_frames(self.clip.encode_frames(frames[mask]), mask)  # (V, K, D)
+        eos, _ = self.clip.encode_text(titles, words=False)  # (U, D)
         video = self.enhance(video, widen(eos)[title_of_slot], mask, title_mask)
         pooled = self.pool_titles(titles, title_of_slot, title_mask) if self.stage == "titles" else None
         return Videos(video, mask, item_weights(self.frame_weight_mlp, video, mask), pooled)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narvid.towers import ARCHIVE_KEYS, encode_frames, encode_text, load_weights
+from narvid.towers import ARCHIVE_KEYS, load_weights
 from narvid.flags import positive, share
 from narvid.fusion import Statistics
 from narvid.losses import nce
@@ -73,16 +73,17 @@ class CLIP2Video(Method, nn.Module):
         Raises ValueError where D is no multiple of 64, the width of a head.
         """
         super().__init__()
-        dim = towers.config.embed_dim
+        dim = towers.dim
         if dim % 64:
             raise ValueError(f"the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.center_weight = center_weight
         self.positions = nn.Parameter(0.02 * torch.randn(NarVidConfig.positions, dim))  # of TDB, twice, and of TAB
         self.types = nn.Parameter(0.02 * torch.randn(2, dim))  # 0: a difference, 1: a frame
-        self.difference_block = TemporalBlock(dim)
+        form = towers.block_form()
+        self.difference_block = TemporalBlock(dim, form)
         self.difference_norm = nn.LayerNorm(dim)  # eps 1e-5, the blocks' own have 1e-12
-        self.temporal_blocks = nn.ModuleList(TemporalBlock(dim) for _ in range(temporal_layers))
-        self.alignment_block = TemporalBlock(dim)
+        self.temporal_blocks = nn.ModuleList(TemporalBlock(dim, form) for _ in range(temporal_layers))
+        self.alignment_block = TemporalBlock(dim, form)
         self.weight_centers = nn.Parameter(64 ** -0.5 * torch.randn(centers, dim))  # who collects a token
         self.embedding_centers = nn.Parameter(64 ** -0.5 * torch.randn(centers, dim))  # what it is measured from
         self.apply(init_linear)
@@ -91,14 +92,14 @@ class CLIP2Video(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries. The start token is not aligned, the end token is."""
-        eos, words = (widen(x) for x in encode_text(self.clip, tokens))
+        eos, words = (widen(x) for x in self.clip.encode_text(tokens))
         not_start = torch.arange(words.shape[1], device=words.device) > 0  # (L,)
         return Queries(F.normalize(eos, dim=-1), self.align(words, word_mask & not_start))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None = None,
                       sentence_of_frame: Tensor | None = None, narration_mask: Tensor | None = None) -> Videos:
         """frames (V, K, 3, H, W) uint8, mask (V, K) -> Videos; sentences are not looked at."""
-        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
+        video = place_frames(self.clip.encode_frames(frames[mask]), mask)  # (V, K, D)
         return self.enhance(video, mask)
 
     def enhance(self, frames: Tensor, mask: Tensor) -> Videos:
@@ -181,14 +182,15 @@ class CLIP2Video(Method, nn.Module):
 
     def _start_from_text_tower(self) -> None:
         """Positions, types and blocks from CLIP's text tower, where the widths are alike."""
-        positions = self.clip.positional_embedding
-        if positions.shape[1] != self.positions.shape[1]:
+        text_blocks = self.clip.text_blocks()
+        if not text_blocks:
             return
+        positions = self.clip.of_text.positional_embedding
         with torch.no_grad():
             count = min(len(positions), len(self.positions))
             self.positions[:count] = positions[:count]
             self.types[:] = positions[:2]
-        blocks = self.temporal_blocks[:len(self.clip.transformer.resblocks)]
+        blocks = self.temporal_blocks[:len(text_blocks)]
         for layer, block in [*enumerate(blocks), (0, self.difference_block), (0, self.alignment_block)]:
             block.start_from(self.clip, layer)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from narvid import InputError, losses
-from narvid.towers import ARCHIVE_KEYS, PatchProduct, encode_frames, encode_text, load_weights
+from narvid.towers import ARCHIVE_KEYS, BlockForm, PatchProduct, Towers, load_weights
 from narvid.flags import positive
 from narvid.methods.protocol import Method
 from narvid.model import NarVidConfig, TemporalEncoder, init_linear, place_frames, widen
@@ -68,9 +68,9 @@ def mean_pool(x: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
 class PairTransformer(nn.Module):
     """tightTransf: the query's eos feature stands before the frames as token 0 and gathers what makes the logit."""
 
-    def __init__(self, dim: int, layers: int, dropout: float = 0.1):
+    def __init__(self, dim: int, layers: int, form: BlockForm | None = None, dropout: float = 0.1):
         super().__init__()
-        self.encoder = TemporalEncoder(dim, layers, NarVidConfig.positions)
+        self.encoder = TemporalEncoder(dim, layers, NarVidConfig.positions, form)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.dense = nn.Linear(dim, dim)
@@ -126,11 +126,11 @@ class CLIP4Clip(Method, nn.Module):
         unread = super().unread(flags) | ({"temporal_layers"} if not flags.head.endswith("Transf") else set())
         return unread | ({"normalize_frames"} if flags.head == "tightTransf" else set())
 
-    def __init__(self, towers: nn.Module, *, head: str, temporal_layers: int,
+    def __init__(self, towers: Towers, *, head: str, temporal_layers: int,
                  linear_patch: str, normalize_frames: bool):
         """Heads start from the text tower's positions and first blocks, where it is as wide as the joint dimension."""
         super().__init__()
-        dim = towers.config.embed_dim
+        dim = towers.dim
         if head.endswith("Transf") and dim % 64:
             raise ValueError(f"--head {head}: the joint dimension must be a multiple of 64 (heads of 64), not {dim}")
         self.clip = towers
@@ -138,12 +138,13 @@ class CLIP4Clip(Method, nn.Module):
         if head == "seqLSTM":
             self.temporal = nn.LSTM(dim, dim, batch_first=True)  # PyTorch's own initial weights, as in the release
         elif head == "seqTransf":
-            self.temporal = TemporalEncoder(dim, temporal_layers, NarVidConfig.positions)
+            self.temporal = TemporalEncoder(dim, temporal_layers, NarVidConfig.positions, towers.block_form())
             self.temporal.start_from_text_tower(towers)
         elif head == "tightTransf":
-            self.pairs = PairTransformer(dim, temporal_layers)
+            self.pairs = PairTransformer(dim, temporal_layers, towers.block_form())
             self.pairs.encoder.start_from_text_tower(towers)
         if linear_patch == "3d":
+            towers.require_openai("--linear_patch 3d")
             kernel = towers.visual.conv1.weight.detach()  # (width, 3, p, p)
             zeros = torch.zeros_like(kernel)
             # Three frames as nine channels make a 2-d product of the 3-d convolution. Under a name of its own, because
@@ -153,7 +154,7 @@ class CLIP4Clip(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
-        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(self.clip.encode_text(tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: None = None, sentence_of_frame: None = None,
                       narration_mask: None = None) -> Videos:
@@ -176,7 +177,7 @@ class CLIP4Clip(Method, nn.Module):
     def _encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
         """The real frames of (V, K, 3, H, W) -> (N, D)."""
         if self.linear_patch == "2d":
-            return encode_frames(self.clip, frames[mask])
+            return self.clip.encode_frames(frames[mask])
         visual = self.clip.visual
         x = (frames[mask] - self.clip.pixel_mean) / self.clip.pixel_std  # (N, 3, H, W)
         video, slot = mask.nonzero(as_tuple=True)  # (N,) each

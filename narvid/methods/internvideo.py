@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narvid import losses
-from narvid.towers import encode_text, load_weights
+from narvid.towers import load_weights
 from narvid.flags import share
 from narvid.methods.protocol import Method
 from narvid.model import widen
@@ -130,6 +130,7 @@ class InternVideo(Method, nn.Module):
     def __init__(self, towers: nn.Module, *, merge_clip: float = 0.0,
                  unmasked_padding: bool = False, freeze_output: bool = False):
         super().__init__()
+        towers.require_openai("--method internvideo")
         self.clip, self.decoder = towers, Decoder(towers.visual)
         self.merge_clip, self.unmasked_padding = merge_clip, unmasked_padding
         if freeze_output:
@@ -138,7 +139,7 @@ class InternVideo(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L), word_mask (B, L) -> Queries."""
-        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(self.clip.encode_text(tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None = None,
                       sentence_of_frame: Tensor | None = None, narration_mask: Tensor | None = None) -> Videos:

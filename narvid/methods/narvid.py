@@ -66,8 +66,8 @@ class NarVid(Method, model.NarVid):
     @classmethod
     def from_flags(cls, towers: nn.Module, flags) -> NarVid:
         """Temporal encoders start from the text tower where it is as wide as the joint dimension."""
-        config = NarVidConfig(towers.config.embed_dim, tuple(flags.modules), flags.temporal_layers,
-                              dropout=flags.dropout, temperature=flags.temperature)
+        config = NarVidConfig(towers.dim, tuple(flags.modules), flags.temporal_layers, dropout=flags.dropout,
+                              temperature=flags.temperature, block=towers.block_form())
         made = cls(towers, config)
         made.flags = flags
         made.heads.start_from_text_tower(towers)

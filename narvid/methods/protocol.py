@@ -36,8 +36,9 @@ Of the model, an nn.Module over `self.clip`:
 
 A video's features may come without a narration (a field that is None); `score` then leaves that view out.
 
-Frames and text pass through towers.encode_frames and towers.encode_text of `self.clip`, which take the feature cache's
-features too. To add a method: write its file, name its class in METHODS, and tests/methods/test_guards.py looks at it.
+Frames and text pass through encode_frames and encode_text of `self.clip` (narvid.towers.Towers), which take the
+feature cache's features too. To add a method: write its file, name its class in METHODS, and
+tests/methods/test_guards.py looks at it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narvid.towers import encode_frames, encode_text, load_released_towers
+from narvid.towers import load_released_towers
 from narvid.methods.protocol import Method
 from narvid.model import place_frames, widen
 from narvid.methods.clip4clip import Queries, mean_pool
@@ -68,7 +68,7 @@ class ZeroShot(Method, nn.Module):
 
     def encode_queries(self, tokens: Tensor, word_mask: Tensor) -> Queries:
         """tokens (B, L) -> Queries; the mask is not needed, the eos feature sees the real words alone."""
-        return Queries(widen(encode_text(self.clip, tokens, words=False)[0]))
+        return Queries(widen(self.clip.encode_text(tokens, words=False)[0]))
 
     def encode_videos(self, frames: Tensor, mask: Tensor, sentences: Tensor | None, sentence_of_frame: Tensor | None,
                       narration_mask: Tensor | None) -> Videos:
@@ -76,10 +76,10 @@ class ZeroShot(Method, nn.Module):
 
         sentences (U, M), sentence_of_frame (V, K) and narration_mask (V, K) as in NarVid; None without a narration.
         """
-        video = place_frames(encode_frames(self.clip, frames[mask]), mask)  # (V, K, D)
+        video = place_frames(self.clip.encode_frames(frames[mask]), mask)  # (V, K, D)
         narration = None
         if self.use_narration:
-            eos = widen(encode_text(self.clip, sentences, words=False)[0])  # (U, D)
+            eos = widen(self.clip.encode_text(sentences, words=False)[0])  # (U, D)
             narration = mean_pool(eos[sentence_of_frame], narration_mask)
         return Videos(mean_pool(video, mask), narration)
 

@@ -26,10 +26,10 @@ from PIL import Image
 
 from narvid import InputError, distributed
 from narvid.files import list_folder, read_text, write_text, writing
-from narvid.data.datasets import Split, tokenize
+from narvid.data.datasets import Split
 from narvid.evaluation import Encoding, encode_videos, score_queries
 from narvid.flags import Parser, as_argv, positive
-from narvid.data.frames import frame_paths, load_frame_index, read_frames
+from narvid.data.frames import Picture, frame_paths, load_frame_index, read_frames
 from narvid.metrics import text_to_video_ranks
 from narvid.methods import METHODS
 from narvid.progress import tqdm
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> Measured:
 def _kept(model, queries: list[str], videos: NamedTuple, encoding: Encoding, world: distributed.World, query: int,
           shown: list[int]) -> dict[str, np.ndarray]:
     """What one query keeps of the shown videos -> {view: (n, K)}; {} for a method without a filter."""
-    tokens, word_mask = tokenize(queries[query:query + 1], encoding.max_words)
+    tokens, word_mask = encoding.tokenize(queries[query:query + 1], encoding.max_words)
     with encoding.autocast():
         encoded = model.encode_queries(tokens.to(world.device), word_mask.to(world.device))
     some = type(videos)(*(None if x is None else x[shown] for x in videos))
@@ -231,7 +231,8 @@ def _short(value: float) -> float:
 def write_strips(out: Path, data: dict, frames_dir: Path) -> None:
     """One jpg a shown video: its frames side by side, cropped as the model sees them."""
     for video in tqdm(data["videos"].values(), desc="pictures", unit="video"):
-        pixels = read_frames(frame_paths(frames_dir, video["id"], video["frames"]), TILE).numpy()  # (n, 3, side, side)
+        paths = frame_paths(frames_dir, video["id"], video["frames"])
+        pixels = read_frames(paths, Picture(TILE)).numpy()  # (n, 3, side, side)
         strip = Image.fromarray(np.concatenate(list(pixels.transpose(0, 2, 3, 1)), axis=1))
         with writing(out / video["strip"], binary=True) as file:
             strip.save(file, format="JPEG", quality=80)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,6 @@ from narvid.run.exported import load_model
 from narvid.run.feature_cache import with_features
 from narvid.run.settings import DEFAULT_METHOD, autocast, eval_autocast, is_ours
 
-VOCABULARY = 49408  # tokens that CLIP's tokenizer has
-
 
 def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.Module:
     """The method with the weights that the flags name: a checkpoint of ours, a released one, CLIP's, or random ones.
@@ -38,7 +37,7 @@ def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.
         stored = last or (load_model(args.checkpoint) if args.checkpoint else {})
         source = "last.pt" if last else args.checkpoint
         clip = _build_towers(args, stored, source, resumed=last is not None)
-        _check_sizes(args, clip.config)
+        _check(args, clip)
         model = METHODS[args.method].from_flags(clip, args)
         if is_ours(stored):
             towers.load_weights(model, stored["model"], source=source)
@@ -47,9 +46,9 @@ def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.
                              "name a run's best.pt")
         elif stored:
             model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, source)
-        elif clip.config.embed_dim != clip.positional_embedding.shape[1]:
-            print("the text tower is not as wide as the joint dimension: what the method starts from its blocks starts "
-                  "from random weights", file=sys.stderr)
+        elif not clip.text_blocks():
+            print("the text tower has no blocks as wide as the joint dimension, or others than CLIP's: what the method "
+                  "starts from its blocks starts from random weights", file=sys.stderr)
     except ValueError as error:
         raise InputError(str(error)) from error
     if broken := [name for name, x in model.state_dict().items() if not x.isfinite().all()]:
@@ -61,9 +60,14 @@ def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.
     if args.freeze_towers:
         clip.requires_grad_(False)
         clip.logit_scale.requires_grad_(True)
+    elif args.train_towers and args.train_towers[0] == "last":
+        optim.freeze_but_last(clip, int(args.train_towers[1]))
     else:
         optim.freeze(clip, args.freeze_layers)
-    clip.set_grad_checkpointing(args.grad_checkpointing)
+    try:
+        clip.set_grad_checkpointing(args.grad_checkpointing)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if args.compile:
         towers.compile_blocks(clip, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return model
@@ -84,7 +88,8 @@ def _build_towers(args: argparse.Namespace, stored: dict, source: str | None, *,
                 raise InputError(f"{source}: a checkpoint of another model, --{flag} {value}, not "
                                  f"{getattr(args, flag)}")
         try:
-            return towers.build_towers(towers.ClipConfig(**stored["clip_config"]), half=half)
+            config = towers.ClipConfig(**stored["clip_config"])
+            return towers.build_towers(replace(config, tokenizer=args.tokenizer or config.tokenizer), half=half)
         except Exception as error:  # whatever open_clip raises for sizes that make no sense
             raise InputError(f"{source}: holds no sizes of towers that can be built "
                              f"({type(error).__name__}: {str(error)[:200]}); name another checkpoint") from error
@@ -94,15 +99,18 @@ def _build_towers(args: argparse.Namespace, stored: dict, source: str | None, *,
                          "both --checkpoint and --clip_pretrained")
     quick_gelu = True if stored else args.quick_gelu  # released checkpoints descend from OpenAI's weights
     pretrained = None if stored and not averaged else args.clip_pretrained
-    return towers.load_clip(args.clip_model, pretrained, quick_gelu, half=half)
+    return towers.load_towers(args.clip_model, pretrained, quick_gelu=quick_gelu, tokenizer=args.tokenizer, half=half)
 
 
-def _check_sizes(args: argparse.Namespace, config: towers.ClipConfig) -> None:
-    if (size := config.text_cfg.get("vocab_size", VOCABULARY)) < VOCABULARY:
-        raise InputError(f"--clip_model {args.clip_model}: its vocab_size {size} is less than the tokenizer's "
-                         f"{VOCABULARY}")
-    if args.max_words > config.context_length:
-        raise InputError(f"--max_words {args.max_words}: the text tower has {config.context_length} positions")
+def _check(args: argparse.Namespace, clip: towers.Towers) -> None:
+    """ValueError, or InputError, for flags that do not go with these towers."""
+    clip.tokenizer.load()
+    clip.config = replace(clip.config, tokenizer_digest=clip.tokenizer.digest)
+    if args.recipe == "reported":
+        clip.require_openai("--recipe reported")
+    if args.max_words > clip.context_length:
+        raise InputError(f"--max_words {args.max_words}: the text tower of --clip_model {args.clip_model} reads "
+                         f"{clip.context_length} tokens; say --max_words {clip.context_length} or less")
     most = METHODS[args.method].max_frames
     if most and args.max_frames > most:
         raise InputError(f"--max_frames {args.max_frames}: there are {most} temporal positions")
@@ -166,7 +174,7 @@ def _digest_of_pictures(split: Split, world: distributed.World) -> str:
 
 def encoding_of(model: torch.nn.Module, args: argparse.Namespace, world: distributed.World) -> Encoding:
     """What the flags say about turning a split into features and scores."""
-    return Encoding(model.clip.config.image_size, args.max_words, args.max_frames, args.eval_batch_size,
+    return Encoding(model.clip.picture, model.clip.tokenizer, args.max_words, args.max_frames, args.eval_batch_size,
                     args.num_workers, partial(eval_autocast, args, world.device), model.score,
                     METHODS[args.method].views(args))
 

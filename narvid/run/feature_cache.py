@@ -1,7 +1,7 @@
 """The features of frozen towers on disk, so that heads train without pixels and towers: --feature_cache DIR.
 
 Every frame, query and sentence goes through the towers once, before the first step; batches then carry features where
-they carried pixels and tokens, and clip.encode_frames and clip.encode_text hand them on. What is trained above the
+they carried pixels and tokens, and the towers' encode_frames and encode_text hand them on. What is trained above the
 towers knows nothing of it, nor does evaluation, whose videos come from here too.
 
     DIR/<key>/made_of.json       what the key stands for: weights, CLIP config, number format, max_words
@@ -32,12 +32,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from narvid import InputError, files
-from narvid.towers import encode_frames, encode_text
+from narvid.towers import Towers
 from narvid.data.features import Features, Store
-from narvid.data.datasets import FrameDataset, Split, tokenize
+from narvid.data.datasets import FrameDataset, Split
 from narvid.data.loader import make_loader
 from narvid.distributed import World, agree
 from narvid.evaluation import Encoding
@@ -54,7 +54,7 @@ FRAMES, TEXTS = 256, 256  # through a tower at a time
 
 
 @torch.no_grad()
-def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Module, encoding: Encoding,
+def with_features(splits: dict[str, Split], folder: str | Path, towers: Towers, encoding: Encoding,
                   world: World) -> dict[str, Split]:
     """The splits with their features, of which `folder` keeps what `towers` gave; what it lacks is encoded first.
 
@@ -81,17 +81,21 @@ def with_features(splits: dict[str, Split], folder: str | Path, towers: nn.Modul
     return {name: split._replace(features=Features(**stores, videos=keys[name])) for name, split in splits.items()}
 
 
-def _made_of(towers: nn.Module, encoding: Encoding, world: World) -> dict:
+def _made_of(towers: Towers, encoding: Encoding, world: World) -> dict:
     """All that decides what the towers make of a frame or a text."""
     weights = hashlib.blake2b(digest_size=16)
     for name, value in towers.state_dict().items():
         if name != "logit_scale":  # it is trained, and no feature depends on it
             weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             weights.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    blank = torch.zeros(1, 3, encoding.image_size, encoding.image_size, dtype=torch.uint8, device=world.device)
+    blank = torch.zeros(1, 3, encoding.picture.size, encoding.picture.size, dtype=torch.uint8, device=world.device)
     with encoding.autocast():
-        feature = encode_frames(towers, blank)  # (1, D)
-    config = {name: value for name, value in asdict(towers.config).items() if name != "temporal_quick_gelu"}
+        feature = towers.encode_frames(blank)  # (1, D)
+    # No feature depends on the first three; the others joined later and say nothing where they are as OpenAI's.
+    of_heads = ("temporal_quick_gelu", "scale_limit", "tokenizer")
+    usual = {"custom_text": False, "resize": "shortest", "interpolation": "bicubic", "tokenizer_digest": None}
+    config = {name: value for name, value in asdict(towers.config).items()
+              if name not in of_heads and (name not in usual or value != usual[name])}
     return {"version": VERSION, "weights": weights.hexdigest(), "clip_config": config,
             "max_words": encoding.max_words, "dim": feature.shape[1], "dtype": str(feature.dtype).split(".")[1]}
 
@@ -126,7 +130,7 @@ def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding:
     """Say what is to be done, make the folder; what stands against it as a sentence."""
     texts = [text for text, _ in missing["words"]]
     some = texts[::max(1, len(texts) // 500)]
-    words = float(tokenize(some, encoding.max_words)[1].sum()) / len(some) * len(texts) if texts else 0
+    words = float(encoding.tokenize(some, encoding.max_words)[1].sum()) / len(some) * len(texts) if texts else 0
     rows = sum(len(split.picks[video]) for _, (split, video) in missing["frames"]) + words + len(missing["eos"])
     needed = rows * made_of["dim"] * getattr(torch, made_of["dtype"]).itemsize
     counts = [f"{len(missing[kind])} of {len(wanted[kind])} {plural}"
@@ -140,7 +144,7 @@ def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding:
     return None
 
 
-def _fill(folder: Path, mine: dict, towers: nn.Module, encoding: Encoding, world: World) -> str | None:
+def _fill(folder: Path, mine: dict, towers: Towers, encoding: Encoding, world: World) -> str | None:
     """Encode and write this rank's share {kind: [(key, what to encode)]}; what went wrong as a sentence."""
     try:
         for kind, entries in mine.items():
@@ -164,7 +168,7 @@ def _fill(folder: Path, mine: dict, towers: nn.Module, encoding: Encoding, world
 Part = tuple[list[str], list[int], Tensor]  # keys, rows of each, features (sum of rows, D)
 
 
-def _encode_videos(kind: str, entries: list, towers: nn.Module, encoding: Encoding, world: World) -> Iterator[Part]:
+def _encode_videos(kind: str, entries: list, towers: Towers, encoding: Encoding, world: World) -> Iterator[Part]:
     """Entries (key, (split, video)), several videos at a time, read by the loader's workers."""
     split_of = {id(split): split for _, (split, _) in entries}
     for split in split_of.values():
@@ -176,22 +180,22 @@ def _encode_videos(kind: str, entries: list, towers: nn.Module, encoding: Encodi
                 batches.append([])
                 held = len(split.picks[video])
             batches[-1].append(i)
-        dataset = FrameDataset(split, torch.tensor([video for _, video in some]).numpy(), encoding.image_size)
+        dataset = FrameDataset(split, torch.tensor([video for _, video in some]).numpy(), encoding.picture)
         for items in make_loader(dataset, list, batches, num_workers=encoding.num_workers):
             pixels = torch.cat([x.frames for x in items])  # (N, 3, H, W)
             with encoding.autocast():
-                features = [encode_frames(towers, x.to(world.device)).cpu() for x in pixels.split(FRAMES)]
+                features = [towers.encode_frames(x.to(world.device)).cpu() for x in pixels.split(FRAMES)]
             yield [some[x.item][0] for x in items], [len(x.frames) for x in items], torch.cat(features)
 
 
-def _encode_texts(kind: str, entries: list, towers: nn.Module, encoding: Encoding, world: World) -> Iterator[Part]:
+def _encode_texts(kind: str, entries: list, towers: Towers, encoding: Encoding, world: World) -> Iterator[Part]:
     """Entries (text, text), those of like length together: little padding."""
     texts = sorted((text for text, _ in entries), key=len)
     for start in range(0, len(texts), TEXTS):
         some = texts[start:start + TEXTS]
-        tokens, mask = tokenize(some, encoding.max_words)
+        tokens, mask = encoding.tokenize(some, encoding.max_words)
         with encoding.autocast():
-            eos, words = encode_text(towers, tokens.to(world.device), words=kind == "words")
+            eos, words = towers.encode_text(tokens.to(world.device), words=kind == "words")
         if kind == "words":
             yield some, mask.sum(dim=1).tolist(), words.cpu()[mask]
         else:

@@ -17,6 +17,7 @@ from open_clip.model import convert_weights_to_lp
 from torch import Tensor, nn
 
 from narvid import InputError
+from narvid.towers import Towers
 
 BETAS = (0.9, 0.98)
 EPS = 1e-6
@@ -85,18 +86,21 @@ def _scale(tensors: list[Tensor], factor: float) -> None:
 # ---------------------------------------------------------------- groups
 
 
-def build_optimizer(model: nn.Module, *, recipe: str, lr: float, clip_lr: float,
-                    weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, *, recipe: str, lr: float, clip_lr: float, weight_decay: float,
+                    layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """The recipe's optimiser ("reported": BertAdam, "modern": AdamW) over the trainable parameters of `model`.
 
     Groups are {clip, heads} x {decay, no_decay}, empty ones left out; each has "name" and "base_lr" (clip_lr for the
-    CLIP tower, whose parameters are named clip.*, else lr). Call it on the model in its final place and dtype. The
-    groups' rates are part of the state dict, so loading one restores them too. Raises InputError for an unknown
-    recipe and where nothing is left to train.
+    CLIP tower, whose parameters are named clip.*, else lr). layer_decay < 1: a tower's rate falls by that factor with
+    each block from what stands behind the last one down to the embeddings, and each depth has groups of its own. Call
+    it on the model in its final place and dtype. The groups' rates are part of the state dict, so loading one restores
+    them too. Raises InputError for an unknown recipe and where nothing is left to train.
     """
     if recipe not in ("reported", "modern"):
         raise InputError(f"there is no recipe {recipe!r}: choose reported or modern")
-    groups = _parameter_groups(model, recipe, lr=lr, clip_lr=clip_lr, weight_decay=weight_decay)
+    below = _blocks_below_the_top(model) if layer_decay < 1 else {}
+    groups = _parameter_groups(model, recipe, lr=lr, clip_lr=clip_lr, weight_decay=weight_decay,
+                               layer_decay=layer_decay, below=below)
     if not groups:
         raise InputError("nothing is left to train: every parameter of the model is frozen; freeze fewer layers")
     if recipe == "reported":
@@ -104,7 +108,15 @@ def build_optimizer(model: nn.Module, *, recipe: str, lr: float, clip_lr: float,
     return torch.optim.AdamW(groups, lr, betas=BETAS, eps=EPS, fused=True)  # fused: one pass, on CPU as on GPU
 
 
-def _parameter_groups(model: nn.Module, recipe: str, *, lr: float, clip_lr: float, weight_decay: float) -> list[dict]:
+def _blocks_below_the_top(model: nn.Module) -> dict[str, int]:
+    """Name of a towers' parameter in the model -> how many blocks it stands below what is behind the last one."""
+    return {f"{at}.{name}" if at else name: top - depth
+            for at, towers in model.named_modules() if isinstance(towers, Towers)
+            for name, (depth, top) in towers.depths().items()}
+
+
+def _parameter_groups(model: nn.Module, recipe: str, *, lr: float, clip_lr: float, weight_decay: float,
+                      layer_decay: float, below: dict[str, int]) -> list[dict]:
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -113,6 +125,9 @@ def _parameter_groups(model: nn.Module, recipe: str, *, lr: float, clip_lr: floa
         decayed = _is_decayed(name, parameter, recipe)
         key = f"{tower}_{'decay' if decayed else 'no_decay'}"
         rate = clip_lr if tower == "clip" else lr
+        if below.get(name):
+            key += f"_{below[name]}_below"
+            rate *= layer_decay ** below[name]
         new = {"name": key, "params": [], "lr": rate, "base_lr": rate, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault(key, new)["params"].append(parameter)
     return list(groups.values())
@@ -128,7 +143,8 @@ def _is_decayed(name: str, parameter: nn.Parameter, recipe: str) -> bool:
     """
     if recipe == "reported":
         return "bias" not in name and not name.endswith("norm_feed_forward.weight")
-    spared = {"positions", "positional_embedding", "class_embedding", "logit_scale"}
+    spared = {"positions", "positional_embedding", "class_embedding", "logit_scale",
+              "pos_embed", "cls_token", "reg_token", "latent", "cls_emb"}  # timm's names, and CoCa's
     return parameter.ndim >= 2 and spared.isdisjoint(name.split("."))
 
 
@@ -165,34 +181,40 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = 1.0) ->
 # ---------------------------------------------------------------- what of the towers is trained, and in which format
 
 
-def freeze(clip: nn.Module, layers: int) -> None:
-    """Freezes the input side of an open_clip CLIP and its first `layers` blocks; sets requires_grad of every parameter.
+def freeze(clip: Towers, layers: int) -> None:
+    """Freezes the input side of the towers and their first `layers` blocks; sets requires_grad of every parameter.
 
-    -1 trains everything. n >= 0 freezes the patch convolution, the class, position and token embeddings, the LayerNorm
-    before the image blocks, and blocks 0 to n - 1 of both towers; 0 is the family's setting. Raises InputError for any
-    other number and for more layers than the deeper tower has.
+    -1 trains everything. n >= 0 freezes what stands before the first block (patches, stem, class, position and token
+    embeddings, the LayerNorm before CLIP's image blocks) and the first n blocks of both towers; 0 is the family's
+    setting. Raises InputError for any other number and for more layers than the deeper tower has.
     """
-    blocks = {name: int(name.split(".resblocks.")[1].split(".")[0])
-              for name, _ in clip.named_parameters() if ".resblocks." in name}
-    depth = max(blocks.values()) + 1
-    if not -1 <= layers <= depth:
-        raise InputError(f"cannot freeze {layers} layers of towers with {depth}: choose -1 (none) or 0 to {depth}")
-    inputs = ("visual.conv1.", "visual.class_embedding", "visual.positional_embedding", "visual.ln_pre.",
-              "token_embedding.", "positional_embedding")
+    depths = clip.depths()
+    deepest = max(top for _, top in depths.values()) - 1
+    if not -1 <= layers <= deepest:
+        raise InputError(f"cannot freeze {layers} layers of towers with {deepest}: choose -1 (none) or 0 to {deepest}")
     for name, parameter in clip.named_parameters():
-        frozen = blocks[name] < layers if name in blocks else layers >= 0 and name.startswith(inputs)
-        parameter.requires_grad_(not frozen)
+        depth, top = depths.get(name, (1, 1))
+        parameter.requires_grad_(not (depth <= layers and depth < top))
 
 
-def to_half(clip: nn.Module) -> None:
-    """Converts an open_clip CLIP, in place, to the fp16 weights the family trains (recipe `reported`).
+def freeze_but_last(clip: Towers, blocks: int) -> None:
+    """Trains the last `blocks` blocks of both towers, what stands behind them and the logit scale; freezes the rest."""
+    depths = clip.depths()
+    for name, parameter in clip.named_parameters():
+        depth, top = depths.get(name, (1, 1))
+        parameter.requires_grad_(depth >= top - blocks and depth > 0)
+
+
+def to_half(clip: Towers) -> None:
+    """Converts towers of OpenAI's form, in place, to the fp16 weights the family trains (recipe `reported`).
 
     Convolution, linear and attention weights and biases and both projections become fp16; LayerNorms, embeddings and
     the logit scale stay fp32. Build the towers with cast_dtype=torch.float16: their LayerNorms then compute in fp32
     and accept fp16 features, which the ordinary ones refuse on a GPU.
     """
     convert_weights_to_lp(clip, torch.float16)
-    clip.visual.conv1.half()  # the towers' patch product is no nn.Conv2d, which is what open_clip looks for
+    clip.visual.conv1.half()  # no nn.Conv2d and no open_clip.CLIP, which are what open_clip looks for
+    clip.text_projection.data = clip.text_projection.data.half()
 
 
 def in_fp32(model: nn.Module) -> nn.Module:

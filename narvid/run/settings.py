@@ -54,8 +54,11 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
                    help="decode once: V * K * 3 * side^2 bytes of shared memory a process")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--clip_model", default="ViT-B-32", help="open_clip model name, or a model config in .json")
-    g.add_argument("--clip_pretrained", help="open_clip tag (openai), or a weights file; none: random weights")
+    g.add_argument("--clip_model", default="ViT-B-32",
+                   help="open_clip model name, a model config in .json, or a folder with open_clip_config.json")
+    g.add_argument("--clip_pretrained", help="open_clip tag (openai), a weights file, or a folder as the hub has it; "
+                   "none: a folder's own, else random weights")
+    g.add_argument("--tokenizer", help="folder of the text tower's tokenizer, where it is not CLIP's [from the hub]")
     g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
     g.add_argument("--checkpoint", help="start from these weights: a run, an exported folder, or a released file")
 
@@ -81,6 +84,11 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--freeze_layers", type=int, default=0,
                    help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
     g.add_argument("--freeze_towers", action=switch, default=False, help="instead: train heads and logit scale alone")
+    g.add_argument("--train_towers", nargs="+", metavar="full | last N | frozen",
+                   help="instead of these two: everything; the last N blocks of both towers and what stands behind "
+                        "them; the logit scale alone")
+    g.add_argument("--layer_decay", type=share, default=1.0,
+                   help="a tower's rate falls by this factor with each block towards its input; 1: it does not")
     g.add_argument("--feature_cache", metavar="DIR",
                    help="with --freeze_towers: folder that keeps the towers' features, encoded once for all runs")
     g.add_argument("--grad_checkpointing", action=switch, default=False, help="recompute tower blocks in backward")
@@ -147,9 +155,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--select_on is of training; with --eval_only the checkpoint says what chose its epoch")
     if args.eval_only and "select_on" not in stored:
         args.select_on = UNKNOWN if METHODS[method].trained else "none, nothing is trained"  # a preset cannot know
+    _check_train_towers(args, parser)
     _fill_in(args)
     _refuse(args, parser)
     return args
+
+
+def _check_train_towers(args: argparse.Namespace, parser: Parser) -> None:
+    words = args.train_towers or []
+    if words not in ([], ["full"], ["frozen"]) and not (
+            len(words) == 2 and words[0] == "last" and words[1].isdecimal() and 0 < int(words[1]) < 1000):
+        parser.error(f"--train_towers {' '.join(words)}: say full, frozen, or last and a number of blocks")
+    if words and words != ["frozen"] and args.freeze_towers:
+        parser.error(f"--train_towers {' '.join(words)} and --freeze_towers: leave one of the two out")
+    if words and args.freeze_layers not in (0, -1 if words == ["full"] else 0):
+        parser.error(f"--train_towers {' '.join(words)} and --freeze_layers {args.freeze_layers}: leave one of the two "
+                     "out")
 
 
 def preset_flags(path: str) -> argparse.Namespace:
@@ -175,6 +196,10 @@ def _defaults(method: str) -> dict:
 
 def _fill_in(args: argparse.Namespace) -> None:
     """The defaults that depend on other flags."""
+    if args.train_towers == ["frozen"]:
+        args.freeze_towers = True
+    if args.train_towers == ["full"]:
+        args.freeze_layers = -1
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
     args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
     if "titles" in METHODS[args.method].reads(args):
@@ -194,6 +219,8 @@ def _refuse(args: argparse.Namespace, parser: Parser) -> None:
             parser.error(f"--{name} {value}: must be below 2^32")
     if args.rank_timeout > 1e5:
         parser.error(f"--rank_timeout {args.rank_timeout:g}: at most 1e5 minutes, ten weeks")
+    if args.layer_decay == 0:
+        parser.error("--layer_decay 0: nothing but the top would be trained; say --train_towers last 1")
     if args.max_words < 3:
         parser.error(f"--max_words {args.max_words}: the start, one word and the end need 3")
     if args.dsl_scale > 1e6:

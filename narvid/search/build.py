@@ -276,7 +276,7 @@ def encode(
     packed, pooled = [], []
     for first in range(0, len(windows), ENCODED_AT_ONCE):
         picks = [numbers for _, _, numbers in windows[first : first + ENCODED_AT_ONCE]]
-        frames = [read_frames([BytesIO(clip.jpegs[n]) for n in numbers], embedder.image_size) for numbers in picks]
+        frames = [read_frames([BytesIO(clip.jpegs[n]) for n in numbers], embedder.picture) for numbers in picks]
         of_windows = None if sentences is None else [[sentences[n] for n in numbers] for numbers in picks]
         videos = embedder.videos(frames, of_windows)
         packed.append(embedder.pack(videos))

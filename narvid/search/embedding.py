@@ -31,13 +31,13 @@ from narvid.run.settings import named
 
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is used
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
-FREE = ("checkpoint", "clip_model", "clip_pretrained")  # settings that say where a model's files lie
+FREE = ("checkpoint", "clip_model", "clip_pretrained", "tokenizer")  # settings that say where a model's files lie
 
 
 class Embedder:
     """A Retriever as a search sees it.
 
-    max_frames (K), image_size: how frames are picked and read. views: keys of `score`, "video" and perhaps "narration".
+    max_frames (K), picture: how frames are picked and read. views: keys of `score`, "video" and perhaps "narration".
     narration: whether sentences are read. weight: of S_qv in Eq. 11. settings: plain values that say which model this
     is, to be stored with an index. frames_alone: what to say where there is no narration, "" where none is read.
     """
@@ -54,7 +54,7 @@ class Embedder:
             raise InputError(f"{where}: this model was trained without a narration; leave the captioner and the "
                              "narrations out")
         self.retriever, self.narration = retriever, retriever.narrated and narration is not False
-        self.max_frames, self.image_size = retriever.encoding.max_frames, retriever.encoding.image_size
+        self.max_frames, self.picture = retriever.encoding.max_frames, retriever.encoding.picture
         self.views = ("video", "narration") if self.narration else ("video",)
         self.weight = flags.fusion_weight
         self.frames_alone = ""
@@ -65,8 +65,8 @@ class Embedder:
             "method", "clip_model", "clip_pretrained", "max_frames", "max_words", "recipe", "precision",
             "eval_precision", "fusion_weight")}
         self.settings |= {"checkpoint": retriever.source and str(retriever.source.resolve()),
-                          "weights": weights_digest(model), "image_size": self.image_size,
-                          "dim": model.clip.config.embed_dim, "narration": self.narration,
+                          "weights": weights_digest(model), "image_size": self.picture.size,
+                          "dim": model.clip.dim, "narration": self.narration,
                           "flags": {name: getattr(flags, name) for name in sorted(own)}}
 
     @classmethod

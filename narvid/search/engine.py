@@ -100,7 +100,7 @@ class Engine:
     def like_picture(self, data: bytes, **same) -> Answers:
         """Windows that look like a picture, given the bytes of its file; InputError where that is no picture."""
         try:
-            frames = read_frames([BytesIO(data)], self.embedder.image_size)
+            frames = read_frames([BytesIO(data)], self.embedder.picture)
         except InputError as error:
             raise InputError("the picture cannot be read: no jpg, png, webp or gif below 178 million pixels") from error
         return self._like(self.embedder.videos([frames]), **same)
@@ -110,7 +110,7 @@ class Engine:
         settings = self.store.settings
         clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
         _, _, picked = windows_of(clip, settings["window"], settings["fps"], self.embedder.max_frames)[0]
-        frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.image_size)
+        frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.picture)
         return self._like(self.embedder.videos([frames]), **same)
 
     def refresh(self, kind: str = "text") -> None:

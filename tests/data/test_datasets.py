@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, collate, load_split, tokenize
+from narvid.data.datasets import FrameDataset, collate, load_split
+from narvid.data.frames import Picture
+from narvid.towers.tokenizer import Tokenizer
 from narvid.data.loader import PairSampler, make_loader
 from narvid.data.narrations import Narration
 
@@ -97,7 +99,7 @@ def test_skipping_every_video_is_refused(corpus):
 
 def test_tokens_are_clips_and_the_mask_ends_at_the_end_token():
     texts = ["a dog", "Two cats sleep on a mat!", ""]
-    tokens, mask = tokenize(texts, 20)
+    tokens, mask = Tokenizer({})(texts, 20)
     whole = open_clip.get_tokenizer("ViT-B-32")(texts)
     assert tokens.shape == mask.shape == (3, 9)  # as long as the longest: start, seven pieces, end
     assert torch.equal(tokens, whole[:, :9]) and not whole[:, 9:].any()
@@ -106,14 +108,14 @@ def test_tokens_are_clips_and_the_mask_ends_at_the_end_token():
 
 
 def test_an_exclamation_mark_is_a_word_though_it_has_the_padding_id():
-    tokens, mask = tokenize(["!; wow", "wow", "wow !;"], 20)
+    tokens, mask = Tokenizer({})(["!; wow", "wow", "wow !;"], 20)
     assert EXCLAMATION_MARK in tokens[0, mask[0]].tolist()
     assert mask.sum(dim=1).tolist() == [5, 3, 5]
     assert tokens[0, 1] == tokens[2, 2] == tokens[1, 3] == EXCLAMATION_MARK  # two words, and padding
 
 
 def test_a_long_text_is_cut_and_keeps_its_end_token():
-    tokens, mask = tokenize(["dog " * 100, "a dog"], 8)
+    tokens, mask = Tokenizer({})(["dog " * 100, "a dog"], 8)
     assert tokens.shape == (2, 8) and mask[0].all() and mask[1].sum() == 4
     assert tokens[0, 0] == START and tokens[0, -1] == END and len(set(tokens[0, 1:-1].tolist())) == 1
 
@@ -122,9 +124,9 @@ def test_a_long_text_is_cut_and_keeps_its_end_token():
 
 
 def batch_of(split, items, **options):
-    dataset = FrameDataset(split, split.video_of_query, 32)
+    dataset = FrameDataset(split, split.video_of_query, Picture(32))
     options = {"max_words": 20, "max_frames": 4, "with_queries": True, **options}
-    return collate([dataset[i] for i in items], split=split, **options)
+    return collate([dataset[i] for i in items], split=split, tokenize=Tokenizer({}), **options)
 
 
 def test_a_batch_holds_its_items_padded_and_masked(corpus):
@@ -135,7 +137,7 @@ def test_a_batch_holds_its_items_padded_and_masked(corpus):
     assert batch.mask.dtype == batch.narration_mask.dtype == torch.bool
     assert batch.mask.sum(dim=1).tolist() == [1, 3, 2] and batch.mask[:, 0].all()  # real frames come first
     assert not batch.frames[~batch.mask].any() and batch.frames[batch.mask].any(dim=(1, 2, 3)).all()
-    want, mask = tokenize([split.queries[i] for i in (3, 1, 2)], 20)
+    want, mask = Tokenizer({})([split.queries[i] for i in (3, 1, 2)], 20)
     assert torch.equal(batch.tokens, want) and torch.equal(batch.word_mask, mask)
 
 
@@ -148,7 +150,7 @@ def test_equal_sentences_of_a_batch_are_encoded_once_and_find_their_frames(corpu
     for row, sentences in enumerate(said):
         assert batch.narration_mask[row].tolist() == [True] * len(sentences) + [False] * (4 - len(sentences))
         for k, sentence in enumerate(sentences):
-            want, _ = tokenize([sentence], 20)
+            want, _ = Tokenizer({})([sentence], 20)
             got = batch.sentences[batch.sentence_of_frame[row, k]]
             assert torch.equal(got[: want.shape[1]], want[0]) and not got[want.shape[1] :].any()
 
@@ -170,7 +172,7 @@ def test_without_narrations_or_queries_a_batch_has_none(corpus):
 
 def test_the_pixels_of_an_item_are_those_of_the_picked_files(corpus):
     split = load(corpus)
-    i, video, frames, _ = FrameDataset(split, split.video_of_query, 32)[1]
+    i, video, frames, _ = FrameDataset(split, split.video_of_query, Picture(32))[1]
     assert (i, split.videos[video], frames.shape) == (1, "a", (3, 3, 32, 32))
     greens = frames[:, 1].float().mean(dim=(1, 2)).round().int().tolist()
     assert all(abs(got - want) <= 2 for got, want in zip(greens, (0, 80, 160)))  # frames 0, 2 and 4 of a
@@ -179,8 +181,8 @@ def test_the_pixels_of_an_item_are_those_of_the_picked_files(corpus):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_cache_gives_what_the_files_give(corpus, num_workers):
     split = load(corpus)
-    plain = FrameDataset(split, split.video_of_query, 32)
-    cached = FrameDataset(split, split.video_of_query, 32, cache=True)
+    plain = FrameDataset(split, split.video_of_query, Picture(32))
+    cached = FrameDataset(split, split.video_of_query, Picture(32), cache=True)
     loader = make_loader(cached, list, [[0, 1], [2, 3]], num_workers=num_workers)
     for _ in range(2):  # filled, then read
         for items in loader:

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from narvid import InputError
-from narvid.data.frames import check_jpg, frame_path, load_frame_index, pick_frames, read_frames
+from narvid.data.frames import Picture, check_jpg, frame_path, load_frame_index, pick_frames, read_frames
 from narvid.data.videos import decode_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +312,7 @@ def test_read_frames_is_clips_own_preprocessing(tmp_path, size):
 
     paths = [save_jpg(tmp_path / f"{i}.jpg", size, seed=i) for i in range(3)]
     clips_own = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])
-    pixels = read_frames(paths, 32)
+    pixels = read_frames(paths, Picture(32))
     assert pixels.shape == (3, 3, 32, 32)
     assert pixels.dtype.is_floating_point is False
     for i, path in enumerate(paths):
@@ -321,7 +321,7 @@ def test_read_frames_is_clips_own_preprocessing(tmp_path, size):
 
 def test_a_grey_jpg_has_three_channels(tmp_path):
     Image.new("L", (40, 40), 77).save(tmp_path / "grey.jpg")
-    assert (read_frames([tmp_path / "grey.jpg"], 32) == 77).all()
+    assert (read_frames([tmp_path / "grey.jpg"], Picture(32)) == 77).all()
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_damaged_jpgs_are_named(tmp_path, damage, why):
     with pytest.raises(InputError, match=rf"00007\.jpg.*{why}"):
         check_jpg(path)
     with pytest.raises(InputError, match=r"00007\.jpg"):
-        read_frames([path], 32)
+        read_frames([path], Picture(32))
 
 
 def test_whole_jpgs_pass(tmp_path):

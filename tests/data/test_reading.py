@@ -19,9 +19,10 @@ from test_resume import assert_same
 import main_task_retrieval as trainer
 from narvid import towers as clip
 from narvid import InputError
-from narvid.data.datasets import FrameDataset, check_frames, collate, load_split, tokenize
+from narvid.data.datasets import FrameDataset, check_frames, collate, load_split
+from narvid.towers.tokenizer import Tokenizer
 from narvid.data.loader import PairSampler, make_loader
-from narvid.data.frames import draw_frames, read_frames
+from narvid.data.frames import Picture, draw_frames, read_frames
 from narvid.data.narrations import Narration
 from scripts import bench_frames
 
@@ -42,12 +43,12 @@ def test_pixels_are_those_of_open_clips_transform(tmp_path, towers, size):
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "0.jpg", quality=95)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     theirs = open_clip.image_transform(224, is_train=False, mean=mean, std=std)(Image.open(tmp_path / "0.jpg"))
-    pixels = read_frames([tmp_path / "0.jpg"], 224)
+    pixels = read_frames([tmp_path / "0.jpg"], Picture(224))
     as_bytes = 255 * (theirs * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1))
     assert torch.equal(pixels[0], as_bytes.round().to(torch.uint8)) and (as_bytes - as_bytes.round()).abs().max() < 1e-3
     seen = []
     hook = towers.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    clip.encode_frames(towers, pixels)
+    towers.encode_frames(pixels)
     hook.remove()
     assert (seen[0][0] - theirs).abs().max() < 1e-6
 
@@ -97,13 +98,13 @@ def load(folder, narrations=NARRATIONS, max_frames=None):
 
 
 def drawing(split, seed=3):
-    return FrameDataset(split, split.video_of_query, 32, segments=4, seed=seed)
+    return FrameDataset(split, split.video_of_query, Picture(32), segments=4, seed=seed)
 
 
 def batches_of(split, num_workers, epochs=3):
     """The batches of some epochs of a loader as the trainer builds it."""
     dataset, sampler = drawing(split), PairSampler(12, 4, rank=0, world_size=1, seed=3)
-    to_batch = partial(collate, split=split, max_words=16, max_frames=4, with_queries=True)
+    to_batch = partial(collate, split=split, tokenize=Tokenizer({}), max_words=16, max_frames=4, with_queries=True)
     loader, batches = make_loader(dataset, to_batch, sampler, num_workers=num_workers), []
     for epoch in range(epochs):
         sampler.set(epoch, 0)
@@ -118,7 +119,7 @@ def test_sentences_follow_the_drawn_frames(folder):
     for batch in batches_of(load(folder), 0):
         assert torch.equal(batch.mask, batch.narration_mask)
         for row, k in batch.mask.nonzero().tolist():
-            want, _ = tokenize([f"grey {round(batch.frames[row, k].float().mean().item() / 10)}"], 16)
+            want, _ = Tokenizer({})([f"grey {round(batch.frames[row, k].float().mean().item() / 10)}"], 16)
             assert torch.equal(batch.sentences[batch.sentence_of_frame[row, k]][: want.shape[1]], want[0])
         lengths += zip(batch.video.tolist(), batch.mask.sum(dim=1).tolist())
     assert set(lengths) == {(0, 4), (1, 4), (2, 2)}
@@ -149,7 +150,8 @@ def test_a_missing_sentence_is_masked_and_no_item_lacks_all(folder):
     dataset = drawing(split)
     for epoch in range(10):
         dataset.epoch.fill_(epoch)
-        batch = collate([dataset[0]], split=split, max_words=16, max_frames=4, with_queries=True)
+        batch = collate([dataset[0]], split=split, tokenize=Tokenizer({}), max_words=16, max_frames=4,
+                        with_queries=True)
         greys = (batch.frames[0].float().mean(dim=(1, 2, 3)) / 10).round().int()
         assert batch.narration_mask.any() and batch.narration_mask[0].tolist() == [g in (0, 22) for g in greys.tolist()]
 

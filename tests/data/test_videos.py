@@ -15,7 +15,7 @@ from PIL import Image
 from test_frames import COLOURS, make_clip, taken
 
 from narvid import InputError
-from narvid.data.frames import check_jpg, read_frames
+from narvid.data.frames import Picture, check_jpg, read_frames
 from narvid.data.videos import compress_video, decode_video, read_video
 from narvid.search import clips
 from narvid.search.reading import windows_of
@@ -474,7 +474,7 @@ def test_exif_says_which_side_is_up(orientation, kind):
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     (upright.transpose(stored[orientation]) if orientation > 1 else upright).save(file, kind, exif=exif, quality=95)
-    (pixels,) = read_frames([file], 32)
+    (pixels,) = read_frames([file], Picture(32))
     assert np.abs(corners(pixels.permute(1, 2, 0).numpy()) - QUADRANTS).max() < 12
 
 
@@ -484,7 +484,7 @@ def test_a_line_of_pixels_is_cropped_before_it_is_resized(tmp_path, size):
     ramp = np.linspace(0, 200, max(size)).round().astype(np.uint8)[:, None].repeat(min(size), 1)
     Image.fromarray(ramp.T if wide else ramp).save(tmp_path / "line.png")
     tracemalloc.start()
-    (pixels,) = read_frames([tmp_path / "line.png"], 32)
+    (pixels,) = read_frames([tmp_path / "line.png"], Picture(32))
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
     assert pixels.shape == (3, 32, 32) and np.abs(pixels.numpy().astype(int) - 100).max() <= 2  # its middle
@@ -500,7 +500,7 @@ def test_a_header_that_promises_too_much(tmp_path):
     for end in (b"", b"\0"):  # the second is decoded to be checked
         path.write_bytes(raw + end)
         with pytest.raises(InputError, match=r"00003\.jpg"):
-            read_frames([path], 32)
+            read_frames([path], Picture(32))
     with pytest.raises(InputError, match=r"00003\.jpg"):
         check_jpg(path)
 
@@ -511,7 +511,7 @@ def test_transparent_and_deep_pictures(tmp_path):
     hidden = palette.getpixel((0, 0))
     palette.save(tmp_path / "palette.png", transparency=hidden)
     for name in ("rgba.png", "palette.png"):
-        (pixels,) = read_frames([tmp_path / name], 32)
+        (pixels,) = read_frames([tmp_path / name], Picture(32))
         assert np.abs(corners(pixels.permute(1, 2, 0).numpy()) - [[WHITE, GREEN], [GREEN, GREEN]]).max() < 12, name
     Image.fromarray(np.full((40, 40), 100 * 256, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_frames([tmp_path / "deep.png"], 32) == 100).all()
+    assert (read_frames([tmp_path / "deep.png"], Picture(32)) == 100).all()

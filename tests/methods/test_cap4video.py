@@ -16,8 +16,9 @@ import main_task_retrieval as trainer
 from narvid import towers as clip
 from narvid import InputError
 from narvid.methods.cap4video import Cap4Video, Queries, Videos, item_weights, word_token_interaction
-from narvid.data.datasets import FrameDataset, collate, load_split, tokenize
-from narvid.data.frames import load_frame_index
+from narvid.data.datasets import FrameDataset, collate, load_split
+from narvid.towers.tokenizer import Tokenizer
+from narvid.data.frames import Picture, load_frame_index
 from narvid.data.narrations import load_narrations
 from narvid.run.run_dir import load_checkpoint
 from narvid.data.titles import load_titles, with_titles
@@ -160,7 +161,7 @@ def test_the_title_branch_has_its_own_end_of_clips_text_tower():
         got = model.titles.encode(model.clip, x["titles"]).numpy()
     want = [reference.clip_text(state, row)[0] for row in x["titles"].numpy()]
     np.testing.assert_allclose(got, np.array(want), rtol=1e-9, atol=1e-9)
-    own, _ = clip.encode_text(model.clip, x["titles"], words=False)
+    own, _ = model.clip.encode_text(x["titles"], words=False)
     assert not np.allclose(own.detach().numpy(), got, atol=1e-3)
 
 
@@ -334,13 +335,14 @@ def test_a_batch_carries_titles_whatever_the_number_of_frames(corpus):
     titles = {video: [f"{n} of {video}" for n in range(1 + i % 5)] + ["all have it"]
               for i, video in enumerate(split.videos)}
     split = with_titles(split, titles, paths=["t.json"])
-    dataset = FrameDataset(split, np.arange(11), tiny.SIDE)
-    got = collate([dataset[i] for i in (4, 0)], split=split, max_words=20, max_frames=3, with_queries=False)
+    dataset = FrameDataset(split, np.arange(11), Picture(tiny.SIDE))
+    got = collate([dataset[i] for i in (4, 0)], split=split, tokenize=Tokenizer({}), max_words=20,
+                  max_frames=3, with_queries=False)
     assert got.frames.shape[:2] == got.mask.shape == (2, 3)
     assert got.sentence_of_frame.shape == got.narration_mask.shape == (2, 6)
     assert got.narration_mask.sum(1).tolist() == [6, 2] and len(got.sentences) == 7  # one title is of both
     for row, video in enumerate((4, 0)):
-        tokens, _ = tokenize(split.titles[video], 20)
+        tokens, _ = Tokenizer({})(split.titles[video], 20)
         assert torch.equal(got.sentences[got.sentence_of_frame[row][got.narration_mask[row]]], tokens)
 
 

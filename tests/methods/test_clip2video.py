@@ -137,7 +137,7 @@ def test_words_after_the_end_and_the_start_token_do_not_count():
     cut = model.encode_queries(tokens[:1, :4], mask[:1, :4])
     for a, b in zip(whole, cut):
         torch.testing.assert_close(a[:1], b, rtol=0, atol=1e-12)
-    words = clip.encode_text(model.clip, tokens)[1].detach().numpy()
+    words = model.clip.encode_text(tokens)[1].detach().numpy()
     state = slow.released(64, layers=2)
     for row, length in ((0, 4), (1, 6)):
         want = slow.aligned_query(state, words[row, :length])

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.data.datasets import Split, tokenize
+from narvid.data.datasets import Split
+from narvid.towers.tokenizer import Tokenizer
 from narvid.distributed import World
 from narvid.evaluation import table_of_matrices, with_dsl
 from narvid.metrics import retrieval_metrics
@@ -48,10 +49,10 @@ def subject(request, corpus):
     model = trainer.build_model(args).eval()
     mask = torch.arange(K) < 1 + torch.arange(V)[:, None] % K  # (V, K)
     frames = torch.randint(256, (V, K, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
-    sentences, _ = tokenize([f"sentence number {n}" for n in range(9)], 24)
+    sentences, _ = Tokenizer({})([f"sentence number {n}" for n in range(9)], 24)
     texts = [f"{'very ' * (n % 5)}random query number {n}" for n in range(B)]
     with torch.no_grad():
-        queries = model.encode_queries(*tokenize(texts, 24))
+        queries = model.encode_queries(*Tokenizer({})(texts, 24))
         videos = model.encode_videos(frames, mask, sentences, torch.randint(9, (V, K)), mask)
     return SimpleNamespace(args=args, model=model, texts=texts, queries=queries, videos=videos, score=model.score,
                            combine=partial(model.combine, weight=args.fusion_weight))

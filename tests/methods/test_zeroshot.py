@@ -44,9 +44,9 @@ def scores(model, frames=FRAMES, mask=MASK, sentence_of_frame=SENTENCE_OF_FRAME,
 
 def test_both_views_are_cosines_of_means(model):
     with torch.no_grad():
-        eos = clip.encode_text(model.clip, TOKENS)[0].numpy()
-        frames = clip.encode_frames(model.clip, FRAMES.flatten(0, 1)).view(4, K, D).numpy()
-        sentences = clip.encode_text(model.clip, SENTENCES)[0].numpy()
+        eos = model.clip.encode_text(TOKENS)[0].numpy()
+        frames = model.clip.encode_frames(FRAMES.flatten(0, 1)).view(4, K, D).numpy()
+        sentences = model.clip.encode_text(SENTENCES)[0].numpy()
     got = scores(model)
     assert list(got) == ["video", "narration"] and got["video"].shape == (2, 4)
     for b in range(2):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from narvid.data.datasets import tokenize
+from narvid.towers.tokenizer import Tokenizer
 from narvid.narration.answers import Cut, Failed, in_a_row, is_refusal, kind_of, sentence
 
 REAL = Path(os.environ.get("NARVID_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "real"))
@@ -42,7 +42,7 @@ def test_what_is_kept_of_an_answer(text, expected):
     assert cleaned(text) == expected
     assert type(cleaned(text)) is str and kind_of(cleaned(text)) == ""
     assert type(cleaned(text, cut=True)) is Cut and cleaned(text, cut=True) == expected
-    tokens = tokenize([expected], 1000)[0][0].tolist()
+    tokens = Tokenizer({"context_length": 1000})([expected], 1000)[0][0].tolist()
     assert tokens.count(49406) == tokens.count(49407) == 1  # one start, one end
 
 

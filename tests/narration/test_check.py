@@ -10,7 +10,7 @@ from test_narrations import OF_CORPUS, SECONDS, narrate, published, write
 from narvid.narration import __main__ as narration
 from narvid.narration import check as check_module
 from narvid.narration.check import validate
-from narvid.data.datasets import tokenize
+from narvid.towers.tokenizer import Tokenizer
 from narvid.data.narrations import Narration, load_narrations, write_narrations
 
 FRAMES = {f"video{k}": SECONDS for k in range(6)}
@@ -98,12 +98,12 @@ LONG = [
 def test_the_tokens_counted_are_those_of_the_text_tower():
     count = check_module._token_counter()
     for text in [*LONG, "", "a"]:
-        assert count(text) == tokenize([text], 1000)[0].shape[1]
+        assert count(text) == Tokenizer({}).lengths([text])[0]
 
 
 def test_cut_sentences_are_counted_with_the_tokens_they_lose(tmp_path):
     sentences = {"video0": ["short", *LONG, " "], "video1": ["a dog runs"] * 3, "video2": ["a " * 62, "b " * 63]}
-    tokens = {v: [tokenize([s], 1000)[0].shape[1] for s in of if s.strip()] for v, of in sentences.items()}
+    tokens = {v: Tokenizer({}).lengths([s for s in of if s.strip()]) for v, of in sentences.items()}
     lost = {v: [n - 64 for n in of if n > 64] for v, of in tokens.items()}
     assert lost["video2"] == [1]  # 62 words, start and end fit
     report = check(tmp_path, sentences)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import main_task_retrieval as trainer
 from narvid import InputError
-from narvid.data.datasets import tokenize
+from narvid.towers.tokenizer import Tokenizer
 from narvid.report import gallery as make_gallery
 
 HOSTILE_VIDEO = "<img src=x onerror=alert(1)> & 'co' #1?"
@@ -94,7 +94,7 @@ def test_weights_are_the_filters_as_the_reference_computes_them(gallery):
     measured = make_gallery.measure(make_gallery.trainer_args(run, None, page), trainer.distributed.start())
     model, queries, videos, encoding, _ = measured.kept.args
     with encoding.autocast(), torch.no_grad():
-        all_eos = model.encode_queries(*tokenize(queries, encoding.max_words)).eos
+        all_eos = model.encode_queries(*Tokenizer({})(queries, encoding.max_words)).eos
     dropped = 0
     for number, query in enumerate(data["queries"]):
         for answer in query["answers"][1]:
@@ -123,7 +123,8 @@ def test_frames_times_and_sentences_of_a_video_belong_together(gallery):
         assert strip.size == (make_gallery.TILE * len(video["frames"]), make_gallery.TILE)
         for tile, number in enumerate(video["frames"]):
             shown = np.asarray(strip)[:, tile * make_gallery.TILE:][:, :make_gallery.TILE].astype(float)
-            frame = make_gallery.read_frames([folder / "frames" / name / f"{number:05d}.jpg"], make_gallery.TILE)
+            path = folder / "frames" / name / f"{number:05d}.jpg"
+            frame = make_gallery.read_frames([path], make_gallery.Picture(make_gallery.TILE))
             assert abs(shown - frame[0].permute(1, 2, 0).numpy()).mean() < 6  # jpg twice
 
 

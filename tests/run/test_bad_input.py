@@ -306,7 +306,7 @@ def test_a_checkpoint_of_other_towers_is_refused(corpus, weights, tmp_path):
         (["--max_frames", 78], ["--max_frames 78", "77"]),
         (["--modules", "CMI"], ["CMI", "NM"]),
         (["--clip_model", "ViT-B-99"], ["ViT-B-99", "ViT-B-32"]),
-        (["--clip_model", "RN50"], ["RN50", "ViT"]),
+        (["--clip_model", "RN51"], ["RN51", "ViT"]),
         (["--clip_pretrained", "openai"], ["openai", "clip.json"]),
         (["--freeze_layers", 3], ["3 layers", "2"]),
         (["--dropout", 1.5], ["--dropout", "0 to 1"]),

@@ -16,7 +16,7 @@ WITH_BLOCKS = [("narvid",), ("clip4clip", "--head", "seqTransf"), ("clip4clip", 
 
 def quick_gelus(model):
     """Whether the temporal blocks run with QuickGELU: {True}, {False} or, which must not be, both."""
-    return {module.quick_gelu for module in model.modules() if isinstance(module, TemporalBlock)}
+    return {module.activation == "quick_gelu" for module in model.modules() if isinstance(module, TemporalBlock)}
 
 
 def built(argv):

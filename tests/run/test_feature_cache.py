@@ -23,8 +23,9 @@ import main_task_retrieval as trainer
 from narvid import InputError, distributed
 from narvid.data import datasets
 from narvid.run import feature_cache
-from narvid.towers import encode_frames
-from narvid.data.datasets import FrameDataset, collate, tokenize
+from narvid.data.datasets import FrameDataset, collate
+from narvid.data.frames import Picture
+from narvid.towers.tokenizer import Tokenizer
 from narvid.data.features import Store
 from narvid.run.feature_cache import with_features
 
@@ -126,9 +127,9 @@ def test_every_method_makes_the_same_of_features(corpus, tmp_path, monkeypatch, 
     made = []
     for split in (splits["train"], with_features({"train": splits["train"]}, tmp_path, *rest, ALONE)["train"]):
         segments = args.max_frames if args.frame_sampling == "segments" else None
-        dataset = FrameDataset(split, split.video_of_query, tiny.SIDE, segments=segments)
-        batch = collate([dataset[i] for i in range(0, 39, 3)], split=split, max_words=args.max_words,
-                        max_frames=args.max_frames, with_queries=True)
+        dataset = FrameDataset(split, split.video_of_query, Picture(tiny.SIDE), segments=segments)
+        batch = collate([dataset[i] for i in range(0, 39, 3)], split=split, tokenize=Tokenizer({}),
+                        max_words=args.max_words, max_frames=args.max_frames, with_queries=True)
         with trainer.autocast(args, ALONE.device), torch.no_grad():
             queries, videos, _ = model(*batch[2:])
         made.append([*queries, *videos])
@@ -157,13 +158,13 @@ def test_two_processes_fill_one_cache_and_train_from_it(corpus, weights, filled,
 def test_entries_are_what_the_towers_give(prepared, filled):
     _, splits, model, _ = prepared
     for name, split in filled[1].items():
-        pixels = FrameDataset(splits[name], np.arange(len(split.videos)), tiny.SIDE)
+        pixels = FrameDataset(splits[name], np.arange(len(split.videos)), Picture(tiny.SIDE))
         for video in range(len(split.videos)):
-            expected = encode_frames(model.clip, pixels[video].frames)
+            expected = model.clip.encode_frames(pixels[video].frames)
             torch.testing.assert_close(split.features.of_video(video), expected, rtol=1e-5, atol=1e-5)
     split = filled[1]["train"]
     texts = sorted(set(split.queries), key=len)[::9]
-    tokens, mask = tokenize(texts, 24)
+    tokens, mask = Tokenizer({})(texts, 24)
     both, mask_2 = split.features.of_queries(texts)
     assert torch.equal(mask, mask_2)
     end = mask.sum(dim=1)
@@ -204,8 +205,8 @@ def test_a_jpg_written_anew_is_encoded_anew(corpus, start, filled, tmp_path):
     features = with_features(splits, cache, *rest, ALONE)["test"].features
     [new] = entries(cache)["frames"] - before["frames"]
     assert new.split()[0] == video
-    pixels = FrameDataset(splits["test"], np.arange(4), tiny.SIDE)[3].frames
-    torch.testing.assert_close(features.of_video(3), encode_frames(model.clip, pixels), rtol=1e-5, atol=1e-5)
+    pixels = FrameDataset(splits["test"], np.arange(4), Picture(tiny.SIDE))[3].frames
+    torch.testing.assert_close(features.of_video(3), model.clip.encode_frames(pixels), rtol=1e-5, atol=1e-5)
 
 
 # ---- interrupted, refused ----

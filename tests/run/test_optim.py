@@ -3,12 +3,12 @@
 import io
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from torch import nn
 
 from narvid import InputError
+from narvid.towers import ClipConfig, build_towers
 from narvid.run.optim import BertAdam, build_optimizer, clip_gradients, freeze, set_lr, to_half, warmup_cosine
 
 STEPS = 50
@@ -346,7 +346,7 @@ def small_clip():
     torch.manual_seed(0)
     vision = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
     text = {"layers": 2, "width": 32, "heads": 2, "context_length": 8, "vocab_size": 40}
-    return open_clip.CLIP(16, vision, text, quick_gelu=True, cast_dtype=torch.float16)
+    return build_towers(ClipConfig(16, vision, text, quick_gelu=True), half=True)
 
 
 def frozen_names(clip):
@@ -395,8 +395,8 @@ def half_clip_step(clip, optimizer, step):
     rng = torch.Generator().manual_seed(step)
     images = torch.randn(4, 3, 16, 16, generator=rng).half()
     tokens = torch.randint(1, 40, (4, 8), generator=rng)
-    image = clip.encode_image(images, normalize=True).float()  # (B, D)
-    text = clip.encode_text(tokens, normalize=True).float()  # (B, D)
+    image = nn.functional.normalize(clip.visual(images).float(), dim=-1)  # (B, D)
+    text = nn.functional.normalize(clip.encode_text(tokens, words=False)[0].float(), dim=-1)  # (B, D)
     loss = nn.functional.cross_entropy(clip.logit_scale.exp() * image @ text.T, torch.arange(4))
     optimizer.zero_grad()
     loss.backward()

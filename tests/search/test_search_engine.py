@@ -19,7 +19,7 @@ import main_task_retrieval as trainer
 from narvid import InputError, Retriever, evaluation, fusion
 from narvid.methods import METHODS, clip4clip
 from narvid.distributed import World
-from narvid.data.frames import frame_paths, read_frames
+from narvid.data.frames import Picture, frame_paths, read_frames
 from narvid.data.videos import read_video
 from narvid.files import read_lines
 from narvid.search import engine as engines
@@ -30,7 +30,7 @@ from narvid.search.engine import Engine, compute_statistics
 from narvid.search.stage_one import StageOne
 from narvid.search.statistics import NEUTRAL, height, measure_level, nonsense
 from narvid.search.store import Store
-from narvid.towers import load_clip
+from narvid.towers import load_towers
 
 WORLD = World(0, 1, torch.device("cpu"))
 QUERIES = ["very red turns blue", "green and then, after a while, white", "black pink", "something brown becomes red"]
@@ -70,7 +70,7 @@ def alone(checkpoint):
 
 
 def pictures(split, size=tiny.SIDE):
-    return [read_frames(frame_paths(split.frames_dir, video, picks), size)
+    return [read_frames(frame_paths(split.frames_dir, video, picks), Picture(size))
             for video, picks in zip(split.videos, split.picks)]
 
 
@@ -209,7 +209,7 @@ def plain(tmp_path_factory):
     """Plain CLIP of a weights file."""
     folder = tmp_path_factory.mktemp("clip")
     (folder / "clip.json").write_text(json.dumps(tiny.CLIP | {"quick_gelu": True}))
-    towers = load_clip(str(folder / "clip.json"))
+    towers = load_towers(str(folder / "clip.json"))
     torch.save(towers.state_dict(), folder / "weights.pt")
     return Embedder.load(None, clip_model=str(folder / "clip.json"), clip_pretrained=str(folder / "weights.pt"),
                          device="cpu")
@@ -499,7 +499,7 @@ def test_like_a_clip(measured, embedder, tmp_path):
         container.mux(stream.encode())
     store = new_store(tmp_path / "i", embedder)
     jpegs = read_video(tmp_path / "clip.mp4", fps=1.0, short_side=tiny.SIDE).jpegs
-    frames = read_frames([io.BytesIO(jpeg) for jpeg in jpegs], tiny.SIDE)
+    frames = read_frames([io.BytesIO(jpeg) for jpeg in jpegs], Picture(tiny.SIDE))
     assert len(frames) == 6  # two windows of 4 s
     put(store, embedder, "later.mp4", frames[2:], ["a picture of red"] * 4)
     put(store, embedder, "first.mp4", frames[:4], ["a picture of red"] * 4)

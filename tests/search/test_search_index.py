@@ -33,7 +33,7 @@ from narvid import InputError
 from narvid.methods import METHODS
 from narvid.narration.answers import Failed
 from narvid.narration.chat_server import ServerCaptioner
-from narvid.data.frames import pick_frames, read_frames
+from narvid.data.frames import Picture, pick_frames, read_frames
 from narvid.data.videos import read_video
 from narvid.search import build, engine
 from narvid.search import store as store_module
@@ -54,7 +54,7 @@ class Features(NamedTuple):
 class Fake:
     """An Embedder without a model; `seen` keeps what it was given."""
 
-    max_frames, image_size, narration, frames_alone = 6, 32, True, ""
+    max_frames, picture, narration, frames_alone = 6, Picture(32), True, ""
 
     def __init__(self, **settings):
         self.settings = {"method": "narvid", "narration": True, "max_frames": self.max_frames, **settings}
@@ -510,7 +510,7 @@ def test_frames_are_those_of_the_extractor(tmp_path, videos):
                     assert kept.format == "WEBP" and kept.size == shown.size
                     assert np.abs(np.asarray(kept, int) - np.asarray(shown, int)).mean() < 8
             picked = [jpgs[n] for n in numbers]
-            assert torch.equal(seen, read_frames(picked, embedder.image_size))
+            assert torch.equal(seen, read_frames(picked, embedder.picture))
 
 
 def test_windows_of_a_long_file_in_the_index(tmp_path):
@@ -899,7 +899,7 @@ def test_features_of_a_tiny_narvid(tmp_path, corpus, weights, videos, monkeypatc
     jpgs = [tmp_path / f"{n}.jpg" for n in range(len(read.jpegs))]
     for jpg, data in zip(jpgs, read.jpegs, strict=True):
         jpg.write_bytes(data)
-    expected = embedder.videos([read_frames(jpgs, embedder.image_size)], [["red and green", None, "blue", None]])
+    expected = embedder.videos([read_frames(jpgs, embedder.picture)], [["red and green", None, "blue", None]])
     with Store(tmp_path / "i", read_only=True) as store:
         ids = store.all_windows("b")
         found = embedder.unpack(store.features(ids))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_task_retrieval as trainer
 from narvid import towers as clip
+from narvid.towers import compiling
 from narvid import InputError
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ class Encode(nn.Module):
         self.clip = towers
 
     def forward(self, frames, tokens):
-        return clip.encode_frames(self.clip, frames), *clip.encode_text(self.clip, tokens)
+        return self.clip.encode_frames(frames), *self.clip.encode_text(tokens)
 
 
 def encode(model, n, t):
@@ -85,7 +86,7 @@ def test_nothing_changes_and_nothing_is_compiled_for_another_length(clean, one_r
     ("cpu", "compiler", "finds no g++ here"), ("cuda", "compiler", "finds no gcc or clang here"),
     ("cpu", "headers", "no Python.h in"), ("cuda", "headers", "no Python.h in")])
 def test_machine_that_cannot_compile_is_told_at_once(monkeypatch, tmp_path, device, missing, sentence):
-    monkeypatch.setattr(clip.sys, "platform", "linux")
+    monkeypatch.setattr(compiling.sys, "platform", "linux")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     if missing == "headers":

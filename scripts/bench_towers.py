@@ -1,0 +1,98 @@
+"""What image-text towers weigh and cost: parameters, FLOPs counted, seconds measured with random weights on one core.
+
+    python scripts/bench_towers.py [NAME ...] [--repeats 3] [--no_time]
+
+Nothing is downloaded. A FLOP is one of the two operations of a multiply-add. Seconds: one frame, and one text of 12
+words, alone on one thread in fp32, the median of the repeats; of bf16 autocast beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from narvid.flags import Parser, command, positive
+from narvid.progress import tqdm
+from narvid.towers import Towers, build_towers, checked_model, config_of
+
+NAMES = ("MobileCLIP2-S0", "MobileCLIP2-S2", "MobileCLIP2-B", "PE-Core-T-16-384", "PE-Core-S-16-384", "ViT-B-32",
+         "ViT-B-32-SigLIP2-256", "ViT-B-16", "ViT-B-16-SigLIP2", "PE-Core-B-16", "ViT-L-14", "PE-Core-L-14-336",
+         "ViT-SO400M-14-SigLIP2", "ViT-H-14", "ViT-H-14-worldwide")
+WORDS = 14  # 12 words, start and end
+
+
+def inputs(towers: Towers) -> tuple[torch.Tensor, torch.Tensor]:
+    """A frame, and a text of WORDS tokens or of full length where the tower reads no less."""
+    side, length = towers.picture.size, WORDS if towers.cuts_text else towers.context_length
+    tokens = torch.arange(1, length + 1)[None]  # the largest id stands last: the end token
+    return torch.zeros(1, 3, side, side, dtype=torch.uint8), tokens
+
+
+def counted(name: str) -> tuple[float, float, float, float]:
+    """Millions of parameters and GFLOP a frame, then a text; nothing is computed."""
+    model = checked_model(name)
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        towers = build_towers(config_of(model, False, model.pictures or {}, None)).eval()
+        frame, text = inputs(towers)
+        flops = []
+        for run in (lambda: towers.encode_frames(frame), lambda: towers.encode_text(text, words=False)):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            flops.append(counter.get_total_flops() / 1e9)
+    of_image = sum(p.numel() for n, p in towers.named_parameters() if n.startswith("visual."))
+    of_text = sum(p.numel() for p in towers.parameters()) - of_image
+    return of_image / 1e6, flops[0], of_text / 1e6, flops[1]
+
+
+def measured(name: str, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a frame in fp32 and in bf16 autocast, and of a text in fp32."""
+    model = checked_model(name)
+    towers = build_towers(config_of(model, False, model.pictures or {}, None)).eval()
+    frame, text = inputs(towers)
+
+    def seconds(run) -> float:
+        took = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            took.append(time.perf_counter() - start)
+        return float(np.median(took[1:]))
+
+    with torch.no_grad():
+        full = seconds(lambda: towers.encode_frames(frame))
+        of_text = seconds(lambda: towers.encode_text(text, words=False))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = seconds(lambda: towers.encode_frames(frame))
+    return full, half, of_text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", default=NAMES, help="open_clip's names [those of docs/towers.md]")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--no_time", action="store_true", help="count only")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    print("| model | side | image M | GFLOP a frame | text M | GFLOP a text | tokens | s a frame | bf16 | s a text |")
+    print("| --- " * 10 + "|")
+    for name in tqdm(args.names, desc="towers", unit="model", leave=False):
+        of_image, frame, of_text, text = counted(name)
+        config = checked_model(name).config
+        cells = [name, config["vision_cfg"].get("image_size", 224), f"{of_image:.0f}", f"{frame:.1f}", f"{of_text:.0f}",
+                 f"{text:.1f}", config["text_cfg"].get("context_length", 77)]
+        cells += ["", "", ""] if args.no_time else [f"{x:.3f}" for x in measured(name, args.repeats)]
+        tqdm.write(f"| {' | '.join(map(str, cells))} |")
+
+
+if __name__ == "__main__":
+    command(main)
