@@ -47,8 +47,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("videos", type=Path, metavar="VIDEOS", help="folder of video files, searched with its subfolders")
     add("--out", type=Path, required=True, metavar="INDEX", help="the index, a folder of its own")
     add("--checkpoint", metavar="RUN", help="a run, an exported folder, or a released NarVid file [plain CLIP]")
-    add("--clip_model", help="open_clip name or .json, of plain CLIP or of a released file [ViT-B-32]")
-    add("--clip_pretrained", help="of plain CLIP: open_clip tag, or a weights file [openai]")
+    add("--clip_model", help="open_clip name, .json or folder, of plain towers or of a released file [the index's; "
+        "else ViT-B-32, on a GPU PE-Core-B-16]")
+    add("--clip_pretrained", help="of plain towers: open_clip tag, or a weights file [laion2b_s34b_b79k, meta]")
+    add("--tokenizer", help="folder of the text tower's tokenizer, where it is not CLIP's [from the hub]")
     add("--captioner", metavar="NAME", help="narrate with this image-text model of transformers, name or folder")
     add("--server", metavar="URL", help="or with a model behind an OpenAI-compatible server; needs --model")
     add("--model", metavar="NAME", help="of --server")
@@ -89,6 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--open", action="store_true", help="open the page in a browser")
     for asking in (query, serve):
         asking.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
+        asking.add_argument("--tokenizer", help="where the folder of its tokenizer lies by now")
     args = parser.parse_args(argv)
     check(args, parser)
     return args
@@ -131,8 +134,12 @@ def index_videos(args: argparse.Namespace) -> None:
     elif args.server:
         captioner = ServerCaptioner(args.server, args.model, args.prompt)
     narrated = captioner is not None or args.narrations is not None
-    embedder = Embedder.load(args.checkpoint, clip_model=in_full(args.clip_model or "ViT-B-32"),
-                             clip_pretrained=in_full(args.clip_pretrained or "openai"), narration=narrated)
+    if args.checkpoint:
+        name, pretrained = args.clip_model or "ViT-B-32", None
+    else:
+        name, pretrained = towers_of(args)
+    embedder = Embedder.load(args.checkpoint, clip_model=in_full(name), clip_pretrained=in_full(pretrained),
+                             tokenizer=in_full(args.tokenizer), narration=narrated)
     report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
                     window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
                     check_content=args.check == "content",
@@ -142,6 +149,24 @@ def index_videos(args: argparse.Namespace) -> None:
           f"{moved}, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
     print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
           f"{args.out}")
+
+
+def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Plain towers: as named, as the index has them that is there already, or as chosen for this machine; said."""
+    import torch
+
+    from narvid.search.towers import choose, describe
+
+    name, pretrained = args.clip_model, args.clip_pretrained
+    if name is None and pretrained is None and (args.out / "index.db").exists():
+        with Store(args.out, read_only=True) as store:
+            settings = store.settings
+        if settings.get("checkpoint") is None:
+            args.tokenizer = args.tokenizer or settings.get("tokenizer")
+            return settings["clip_model"], settings["clip_pretrained"]
+    name, pretrained = choose(name, pretrained, gpu=torch.cuda.is_available())
+    print(describe(name, pretrained))
+    return name, pretrained
 
 
 def query_index(args: argparse.Namespace) -> None:
@@ -157,7 +182,7 @@ def query_index(args: argparse.Namespace) -> None:
         if args.folder and not len(store.all_windows(args.folder)):
             raise InputError(f"--folder {args.folder}: no indexed video lies there; give a folder below "
                              f"{store.settings['videos']}, relative to it")
-        engine = open_engine(store, args.checkpoint)
+        engine = open_engine(store, args.checkpoint, args.tokenizer)
         if picture is not None:
             try:
                 found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
@@ -179,11 +204,12 @@ def serve_index(args: argparse.Namespace) -> None:
     from narvid.search import server
 
     with Store(args.index, read_only=True) as store:
-        server.serve(store, open_engine(store, args.checkpoint), host=args.host, port=args.port, show=args.open)
+        engine = open_engine(store, args.checkpoint, args.tokenizer)
+        server.serve(store, engine, host=args.host, port=args.port, show=args.open)
 
 
-def open_engine(store: Store, checkpoint: str | None) -> Engine:
-    """The engine of an index with the model that made it, from where it was or from where --checkpoint says."""
+def open_engine(store: Store, checkpoint: str | None, tokenizer: str | None = None) -> Engine:
+    """The engine of an index with the model that made it, from where it was or from where the flags say."""
     from narvid.search.embedding import Embedder
     from narvid.search.engine import Engine
 
@@ -194,6 +220,7 @@ def open_engine(store: Store, checkpoint: str | None) -> Engine:
     with redirect_stdout(sys.stderr):  # what loading says is no answer
         embedder = Embedder.load(there, clip_model=settings["clip_model"], narration=settings["narration"],
                                  clip_pretrained=settings["clip_pretrained"],
+                                 tokenizer=tokenizer or settings.get("tokenizer"),
                                  eval_precision=settings.get("eval_precision", "train"))  # as it was indexed
     return Engine(store, embedder)
 
@@ -201,9 +228,9 @@ def open_engine(store: Store, checkpoint: str | None) -> Engine:
 # ---- reading and printing ----
 
 
-def in_full(name: str) -> str:
-    """A file by its whole path, for the index remembers it; any other name as it is."""
-    return str(Path(name).resolve()) if Path(name).is_file() else name
+def in_full(name: str | None) -> str | None:
+    """A file or folder by its whole path, for the index remembers it; any other name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def read_queries(name: str) -> list[str]:

@@ -62,19 +62,21 @@ class Embedder:
             self.frames_alone = f"no captioner and no narrations: frames alone are searched. {model.frames_alone}"
         own = names_of(model.add_flags) - model.loss_flags - model.unread(flags)
         self.settings = {name: getattr(flags, name) for name in (
-            "method", "clip_model", "clip_pretrained", "max_frames", "max_words", "recipe", "precision",
+            "method", "clip_model", "clip_pretrained", "tokenizer", "max_frames", "max_words", "recipe", "precision",
             "eval_precision", "fusion_weight")}
         self.settings |= {"checkpoint": retriever.source and str(retriever.source.resolve()),
                           "weights": weights_digest(model), "image_size": self.picture.size,
+                          "picture": [*self.picture[1:3], *map(list, self.picture[3:])],
                           "dim": model.clip.dim, "narration": self.narration,
                           "flags": {name: getattr(flags, name) for name in sorted(own)}}
 
     @classmethod
-    def load(cls, checkpoint: str | Path | None, *, clip_model: str = "ViT-B-32", clip_pretrained: str = "openai",
-             narration: bool | None = None, device: str | None = None, eval_precision: str = "fp32") -> Embedder:
+    def load(cls, checkpoint: str | Path | None, *, clip_model: str = "ViT-B-32",
+             clip_pretrained: str | None = "openai", tokenizer: str | None = None, narration: bool | None = None,
+             device: str | None = None, eval_precision: str = "fp32") -> Embedder:
         """checkpoint, clip_model, clip_pretrained: as for Retriever.load, and the others; narration: as above."""
-        retriever = Retriever.load(checkpoint, towers=clip_model, pretrained=clip_pretrained, device=device,
-                                   eval_precision=eval_precision)
+        retriever = Retriever.load(checkpoint, towers=clip_model, pretrained=clip_pretrained, tokenizer=tokenizer,
+                                   device=device, eval_precision=eval_precision)
         return cls(retriever, narration=narration)
 
     def check(self, settings: dict, index: str | Path) -> None:
