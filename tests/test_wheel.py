@@ -20,6 +20,7 @@ from narvid.search.store import Store
 pytest.importorskip("pip")  # a uv environment has none
 
 ROOT = Path(__file__).resolve().parent.parent
+UNTRIED = ("tensorboard", "faster-whisper")  # extras that requirements.txt leaves out; their tests skip without them
 
 
 def test_setup_cfg_has_the_ranges_of_requirements_txt():
@@ -33,7 +34,7 @@ def test_setup_cfg_has_the_ranges_of_requirements_txt():
     lists = [config["options"]["install_requires"], *config["options.extras_require"].values()]
     declared = [re.fullmatch(r"([\w-]+)(.*)", line).groups() for text in lists for line in text.split()]
     assert len(declared) > 20
-    assert {(name, versions) for name, versions in declared if name != "tensorboard"} <= ranges.items()
+    assert {(name, versions) for name, versions in declared if name not in UNTRIED} <= ranges.items()
 
 
 @pytest.fixture(scope="module")

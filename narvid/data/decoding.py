@@ -52,6 +52,29 @@ def open_video(path: str | Path) -> tuple[av.container.InputContainer, av.VideoS
     return container, stream
 
 
+def sound_of(path: str | Path, rate: int) -> np.ndarray:
+    """What a video file sounds like: mono float32 (n,), `rate` samples a second from its first frame on; (0,) for none.
+
+    Pieces that do not decode are left out. InputError names what is no video.
+    """
+    container, picture = open_video(path)
+    with container:
+        if not container.streams.audio:
+            return np.zeros(0, np.float32)
+        stream = container.streams.best("audio") or container.streams.audio[0]
+        resampler, parts = av.AudioResampler(format="flt", layout="mono", rate=rate), []
+        for frame in _decoded(container, stream):
+            if frame is not None:
+                frame.pts = None  # the samples count on, whatever the stamps say
+                parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+        late = float((stream.start_time or 0) * stream.time_base - (picture.start_time or 0) * picture.time_base)
+    sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    if late <= 0:
+        return sound[round(-late * rate) :]
+    return np.concatenate([np.zeros(round(late * rate), np.float32), sound])
+
+
 def announced_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """The length of the picture that a video file announces, or 0; sound may last longer."""
     if stream.duration:

@@ -10,6 +10,8 @@ gives a frame at most one). To let it have several, change these two and what `j
 
     {"video": "video7", "captioner": "llava-1.5-7b", "prompt": "...", "sentences": [{"time": 0.0, "text": "..."}, ...]}
 
+Beside it may stand "source": "speech": then the sentences are what is said around each frame, and silence is a hole.
+
 Check a file, ours or a published one, against the extracted frames; turn a published one into the form above:
     python -m narvid.narration check narrations.jsonl --frames data/msrvtt/frames
     python -m narvid.narration convert published.json --frames data/msrvtt/frames --out data/msrvtt/narrations.jsonl
@@ -32,16 +34,21 @@ from narvid.parsing import parse_json
 
 LONE_FRAME_TOLERANCE = 0.25  # seconds, where a video has one frame and hence no spacing
 RATE_MARGIN = 0.1  # sentences and frames whose median spacings differ by more belong to different frame rates, ...
+SPEECH = "speech"  # the source of sentences that somebody in the video says
 STRAY_SHARE = 0.1  # ... if more of the sentences than this lie on no frame; of any other rate a quarter and more do
 
 
 class Narration(NamedTuple):
-    """What one captioner wrote about one video; `times` in seconds, strictly increasing, one a sentence."""
+    """What one captioner wrote about one video; `times` in seconds, strictly increasing, one a sentence.
+
+    source: "speech" for what is said in the video (narvid/narration/speech.py), "" for captions.
+    """
 
     captioner: str
     prompt: str
     times: list[float]
     sentences: list[str]
+    source: str = ""
 
 
 # ---- reading ----
@@ -109,7 +116,9 @@ def _parse(entry: object) -> tuple[str, Narration]:
             raise InputError(f"{video}: times do not increase at sentence {position} ({times[-1]} s, then {time} s)")
         times.append(float(time))
         sentences.append(sentence["text"])
-    return video, Narration(entry["captioner"], entry["prompt"], times, sentences)
+    if entry.get("source", "") not in ("", SPEECH):
+        raise InputError(f'{video}: "source" is {str(entry["source"])[:40]!r}; it is "{SPEECH}", or left out')
+    return video, Narration(entry["captioner"], entry["prompt"], times, sentences, entry.get("source", ""))
 
 
 def date_published(
@@ -198,7 +207,7 @@ def to_entry(video: str, narration: Narration) -> dict:
     """What one line of a narration file holds."""
     sentences = [{"time": time, "text": text} for time, text in zip(narration.times, narration.sentences, strict=True)]
     entry = {"video": video, "captioner": narration.captioner, "prompt": narration.prompt, "sentences": sentences}
-    return entry
+    return entry | ({"source": narration.source} if narration.source else {})
 
 
 def write_narrations(path: str | Path, items: Iterable[tuple[str, Narration]]) -> None:
