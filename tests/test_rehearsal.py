@@ -44,7 +44,7 @@ PLANTED = {  # what -> module, a piece of it, the same as someone without a GPU 
                "mixes cuda and cpu at .*losses.py"),
     "backward": ("similarity", "torch.zeros_like(words), torch.empty_like(frames)",
                  "torch.zeros(words.shape), torch.empty_like(frames)", "mixes cuda and cpu at .*similarity.py"),
-    "captioner": ("narration.captioners", ".to(self._device, self._dtype)", ".to(self._dtype)",
+    "captioner": ("narration.captioners", "x.to(self._device, self._dtype if", "x.to(self._dtype if",
                   "captioners.py.*mixes cuda and cpu"),
     "scores": ("evaluation", "part.float().cpu()", "part.float()", "given, one on cuda at .*evaluation.py"),
 }
