@@ -11,10 +11,8 @@ ranks (compare_runs.py), statistics (narvid/metrics.py).
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +24,13 @@ import torch
 from narvid import InputError
 from narvid.files import read_lines, write_text, writing
 from narvid.flags import command, count, positive
-from narvid.metrics import paired_bootstrap
 from narvid.model import MODULES
 from narvid.progress import tqdm
 from narvid.run.run_dir import RunDir, load_checkpoint
-from narvid.run import same_run, settings
-from narvid.report.comparison import read_side, spread
+from narvid.run import settings
+from narvid.report import launching
+from narvid.report.comparison import difference, read_side, spread
+from narvid.report.launching import unfinished
 from narvid.report.runs import read_ranks
 
 LADDER = {name: ["--modules", *MODULES[:n]] for n, name in enumerate(("frames", "nm", "cmi", "qaf"))}
@@ -83,47 +82,21 @@ def take_pairs(corpus: Path, folder: Path, *, pairs: int, on: str) -> None:
         write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in chosen))
 
 
-def train(argv: list[str], threads: int) -> None:
-    """One run in a process of its own; InputError with the last thing it said where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, str(ROOT / "main_task_retrieval.py"), *argv], cwd=ROOT, env=environment,
-                          check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{argv[argv.index('--output_dir') + 1]}: the run failed: {said[-1].removeprefix('error: ')}")
-
-
-def unfinished_runs(runs: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Those that have not ended; InputError where a folder holds a run with other flags."""
-    todo = {}
-    for name, argv in runs.items():
-        args = settings.parse_args(argv)
-        run = RunDir(args.output_dir, vars(args), writes=False)
-        if (before := run.settings()) is not None:
-            same_run.check_settings(run.path, before, args)
-        if not run.final_result():
-            todo[name] = argv
-    return todo
-
-
 def train_all(runs: dict[str, list[str]], *, jobs: int, threads: int) -> None:
     """Every run that has not ended, `jobs` at a time; says how long it will take once the first one has ended."""
-    todo, start = unfinished_runs(runs), time.monotonic()
+    todo, start, took = unfinished(runs), time.monotonic(), []
     minutes = len(todo) * SECONDS_A_RUN / jobs / 60
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them ended; {len(todo)} to do, {jobs} at a time with "
           f"{threads} thread(s) each: about {minutes:.0f} minutes on the machine of LOG.md", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(train, argv, threads): name for name, argv in todo.items()}
-        try:
-            for i, ended in enumerate(tqdm(as_completed(waiting), total=len(todo), desc="runs", unit="run")):
-                ended.result()
-                if i == 0:
-                    took = time.monotonic() - start
-                    tqdm.write(f"{waiting[ended]} took {took:.0f} s: about {took * len(todo) / jobs / 60:.0f} minutes "
-                               "for all")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # those under way come to their end; the next call skips them
-            raise
+
+    def ended(run: launching.Ended) -> None:
+        if run.said:
+            raise InputError(f"{run.name}: the run failed: {run.said}")
+        if not took:
+            took.append(time.monotonic() - start)
+            tqdm.write(f"{run.name} took {took[0]:.0f} s: about {took[0] * len(todo) / jobs / 60:.0f} minutes for all")
+
+    launching.train_all(todo, [launching.Place(threads=threads)] * jobs, ended=ended)
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -156,11 +129,6 @@ def of_views(runs: list[Path]) -> list[str]:
         cells.append(f"{np.mean(seen):.1f}" if seen else "")
     kept = [list(result["frames_kept"].values()) for result in results if "frames_kept" in result]
     return [*cells, " / ".join(f"{mean:.2f}" for mean in np.mean(kept, axis=0)) if kept else ""]
-
-
-def difference(a: np.ndarray, b: np.ndarray, video: np.ndarray, samples: int) -> str:
-    found = paired_bootstrap(a, b, video, samples=samples)
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {found.p:.2g}"
 
 
 def report(runs_of: dict[str, list[Path]], args: argparse.Namespace) -> str:

@@ -67,3 +67,9 @@ def spread(values: np.ndarray) -> str:
     """Mean over seeds and their standard deviation. (seeds, B) -> text."""
     means = values.mean(axis=1)
     return f"{means.mean():5.1f}" + (f" ±{means.std(ddof=1):4.1f}" if len(means) > 1 else " " * 6)
+
+
+def difference(a: np.ndarray, b: np.ndarray, video: np.ndarray, n: int) -> str:
+    """The second minus the first, 95 % interval and p, as a table's cell. (seeds, B) twice, (B,) -> text."""
+    found = paired_bootstrap(a, b, video, samples=n)
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {found.p:.2g}"

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import main_task_retrieval as trainer
 from narvid.methods import NarVid
 from narvid import InputError
 from narvid.distributed import World
+from narvid.report import launching
 from scripts import ablate_demo, measure_update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,11 +66,11 @@ def test_rows_are_trained_from_the_same_towers_once_and_tabulated(corpus, tmp_pa
     preset.write_text("filter_p: 0.9\n")
     trained = []
 
-    def in_this_process(argv, threads):
+    def in_this_process(_, argv, place):
         trained.append(argv[-1])
         trainer.main(argv)
 
-    monkeypatch.setattr(ablate_demo, "train", in_this_process)
+    monkeypatch.setattr(launching.Children, "train", in_this_process)
     flags = ["--config", preset, "--corpus", corpus, "--towers", towers, "--out", tmp_path / "out", "--seeds", 1,
              "--steps", 1, "--jobs", 1, "--samples", 200, "--only", "qaf", "cvh"]
     flags = [str(x) for x in flags] + small_flags(corpus)
@@ -89,10 +89,10 @@ def test_rows_are_trained_from_the_same_towers_once_and_tabulated(corpus, tmp_pa
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, stderr="a bar\nerror: no such flag\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(InputError, match="^runs/x: the run failed: no such flag$"):
-        ablate_demo.train(["--output_dir", "runs/x"], 1)
+    monkeypatch.setattr(ablate_demo, "unfinished", lambda runs: runs)
+    monkeypatch.setattr(launching.Children, "train", lambda _, argv, place: "no such flag")
+    with pytest.raises(InputError, match="^cvh, seed 1: the run failed: no such flag$"):
+        ablate_demo.train_all({"cvh, seed 1": []}, jobs=1, threads=1)
 
 
 def test_towers_that_are_not_there(tmp_path):
