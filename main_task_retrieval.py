@@ -184,7 +184,7 @@ def run_task(args: argparse.Namespace, world: distributed.World, run: RunDir, si
             run.try_writing(model, trained=not args.eval_only)
             bank = read_queries(Path(args.data_dir, "train.jsonl")) if args.qb_norm_queries else []
         model.to(world.device)
-        splits = load_data(args, world)
+        splits = load_data(args, world, model.clip.tokenizer.lengths)
         with distributed.together(world):
             identity = same_run.identity_of(args, splits, world)
         distributed.check_same(identity["data"], world)

@@ -130,6 +130,20 @@ def check_narrations(path: Path, frames_dir: Path, times: Mapping[str, Sequence[
     return Finding("narrations", found, todo if len(narrated) < len(videos) else None)
 
 
+def check_speech(path: Path, frames_dir: Path, times: Mapping[str, Sequence[float]], videos: set[str]) -> Finding:
+    """In how many videos somebody speaks; the others are silent, which is nothing to mend."""
+    todo = f"python -m narvid.narration import SUBTITLES --frames {frames_dir} --out {path}   (docs/narration.md)"
+    if not path.is_file():
+        return Finding("speech", f"no {path}", todo)
+    try:
+        said = load_narrations(path, times)
+    except InputError as error:
+        return Finding("speech", str(error), todo)
+    spoken = sum(video in said and any(s.strip() for s in said[video].sentences) for video in videos)
+    return Finding("speech", f"in {spoken:,} of {len(videos):,} videos somebody speaks, by {path}",
+                   None if spoken else todo)
+
+
 def _some(missing: Iterable[str]) -> str:
     """(missing: a, b, c, ...) or nothing."""
     names = sorted(missing)
@@ -151,9 +165,11 @@ def check(path: Path, flags: argparse.Namespace, data_dir: Path) -> list[Finding
         for titles in flags.titles or [data_dir / "titles.json"]:
             found, todo = ("there", None) if Path(titles).is_file() else ("missing", "get the titles (data/README.md)")
             findings.append(Finding("titles", f"{titles} {found}", todo))
-    if "narration" in reads:
+    if "narration" in reads and flags.sentence != "speech":
         narrations = Path(flags.narrations or data_dir / "narrations.jsonl")
         findings.append(check_narrations(narrations, frames_dir, times, videos))
+    if flags.sentence != "caption":
+        findings.append(check_speech(Path(flags.speech or data_dir / "speech.jsonl"), frames_dir, times, videos))
     return findings
 
 

@@ -81,8 +81,8 @@ def measure(argv: list[str], steps: int, world: distributed.World, splits: dict 
     """A run of `steps` -> ({part: (change a step, share moved a step, change over the run)}, data for the next run)."""
     args = trainer.parse_args(argv)
     trainer.seed_everything(args)
-    splits = splits or trainer.load_data(args, world)
     model = trainer.build_model(args)
+    splits = splits or trainer.load_data(args, world, model.clip.tokenizer.lengths)
     model.to(world.device).train()
     train = splits["train"]
     sampler = PairSampler(len(train.queries), args.batch_size, rank=0, world_size=1, seed=args.seed,

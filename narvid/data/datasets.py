@@ -26,7 +26,7 @@ from narvid import InputError
 from narvid.data.features import Features
 from narvid.data.frames import Picture, check_jpg, draw_frames, frame_paths, pick_frames, read_frames
 from narvid.data.loader import SHARED_MEMORY, free_shared_memory
-from narvid.data.narrations import Narration, join
+from narvid.data.narrations import Narration, join, with_speech
 from narvid.files import read_json, read_json_lines
 from narvid.progress import tqdm
 
@@ -47,6 +47,15 @@ class Split(NamedTuple):
     titles: list[list[str]] | None = None  # V lists of sentences about the whole video; they stand in for `sentences`
     pictures: str | None = None  # their number and a digest, for any number of ranks the same (run/build.py)
     features: Features | None = None  # of the feature cache; items and batches then hold them, not pixels and tokens
+
+
+class Speech(NamedTuple):
+    """A second narration file, of what is said, and what the text tower takes of both together."""
+
+    said: Mapping[str, Narration]
+    path: str | Path
+    lengths: Callable  # texts -> tokens of each, before it is cut
+    max_words: int
 
 
 class Item(NamedTuple):
@@ -93,11 +102,12 @@ class Batch(NamedTuple):
 
 def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[str, list[float]], *,
                max_frames: int | None, narrations: Mapping[str, Narration] | None = None,
-               narrations_path: str | Path = "", missing_narration: str = "error") -> Split:
+               narrations_path: str | Path = "", speech: Speech | None = None,
+               missing_narration: str = "error") -> Split:
     """Read {"video", "query"} lines and pick at most `max_frames` frames a video, with the sentence of each.
 
     max_frames None: all of them, for a FrameDataset that draws. frame_times: video -> time in s of every extracted
-    frame. narrations None: the narration is not used.
+    frame. narrations None: the narration is not used. speech: what is said beside it, a second source of sentences.
     missing_narration: "error" or "skip-video" for videos without a single sentence. InputError for everything amiss.
     """
     pairs = read_pairs(Path(path))
@@ -113,6 +123,10 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
         picked = pick_frames(len(times), max_frames or len(times))
         if narrations is not None:
             of_frames = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
+            if speech is not None:
+                said = _join(speech.said, video, times, picked, speech.path, every=False)
+                of_frames = with_speech(of_frames or [None] * len(picked), said or [None] * len(picked),
+                                        speech.lengths, speech.max_words)
             if not any(of_frames):
                 if missing_narration == "error":
                     raise InputError(f"{narrations_path}: no narration for video {video} ({path}:{number}); "

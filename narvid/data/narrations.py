@@ -19,7 +19,7 @@ Check a file, ours or a published one, against the extracted frames; turn a publ
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import comb
 from pathlib import Path
@@ -201,6 +201,35 @@ def _disagreement(narration: Narration, all_times: Sequence[float], tolerance: f
             "none at a frame; check that narrations and frames come from the same video files, or narrate these frames"
         )
     return ""
+
+
+def with_speech(captions: Sequence[str | None], said: Sequence[str | None],
+                lengths: Callable[[list[str]], list[int]], max_words: int) -> list[str | None]:
+    """A frame's sentence from two sources: the caption, then what is said, cut to fit the text tower together.
+
+    Where they do not fit, each has half of the tokens, and what the other leaves of its half. lengths: texts -> tokens
+    of each, special ones included; max_words: what the tower reads.
+    """
+    special = lengths([""])[0]
+
+    def of_frame(caption: str | None, speech: str | None) -> str | None:
+        if not (caption and speech):
+            return caption or speech
+        room = max_words - special
+        of_caption, of_speech = (n - special for n in lengths([caption, speech]))
+        if of_caption + of_speech > room:
+            caption = _first_words(caption, max(room - of_speech, room // 2) + special, lengths)
+            speech = _first_words(speech, room - lengths([caption])[0] + 2 * special, lengths)
+        return f"{caption} {speech}".strip()
+
+    return [of_frame(*pair) for pair in zip(captions, said, strict=True)]
+
+
+def _first_words(text: str, most: int, lengths: Callable[[list[str]], list[int]]) -> str:
+    """As many first words as have at most so many tokens."""
+    words = text.split()
+    too_long = bisect_left(range(1, len(words) + 1), True, key=lambda n: lengths([" ".join(words[:n])])[0] > most)
+    return " ".join(words[:too_long])
 
 
 def to_entry(video: str, narration: Narration) -> dict:

@@ -212,7 +212,7 @@ def draw_one_run(plt, run: Run, out: Path) -> None:
     elif reads(run, "narration"):
         print(f"not drawn: figure6_{name}, heatmap_{name}: no similarity.npz with S_qv and S_qn; make it:\n"
               f"  python main_task_retrieval.py --data_dir {run.config['data_dir']} --frames {run.config['frames']} "
-              f"--narrations {run.config['narrations']} --eval_only --checkpoint {run.path / 'best.pt'} "
+              f"--narrations {run.config['narrations']} {_speech(run)}--eval_only --checkpoint {run.path / 'best.pt'} "
               f"--save_similarity --output_dir {run.path / 'eval'}")
     losses, chosen = curve_data(run)
     if losses:
@@ -221,6 +221,10 @@ def draw_one_run(plt, run: Run, out: Path) -> None:
         print(f"not drawn: curves_{name}: log.txt has no line of a step; train with a smaller --log_every than "
               f"{run.config['log_every']}")
     plt.close("all")
+
+
+def _speech(run: Run) -> str:
+    return f"--speech {run.config['speech']} " if run.config.get("speech") else ""
 
 
 def draw_comparisons(plt, runs: list[Run], out: Path) -> None:

@@ -41,7 +41,7 @@ TEMPLATE = Path(__file__).with_name("gallery.html")
 TILE = 112  # pixels: side of a frame on the page
 TITLES = 5  # of a video are shown, where a method reads titles
 # Said on this command's line, of another machine's disk, or of training alone: not taken from config.yaml.
-NOT_TAKEN = ("data_dir", "frames", "narrations", "titles", "checkpoint", "config", "output_dir", "eval_only",
+NOT_TAKEN = ("data_dir", "frames", "narrations", "speech", "titles", "checkpoint", "config", "output_dir", "eval_only",
              "select_on", "resume", "cache_frames", "tensorboard")
 
 
@@ -76,7 +76,8 @@ def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespa
     kept = {flag: value for flag, value in config.items() if value is not None and flag not in NOT_TAKEN}
     data_dir = data_dir or config["data_dir"]
     argv = ["--data_dir", data_dir, "--output_dir", str(out), "--eval_only"]
-    for flag, default in (("frames", "frames"), ("narrations", "narrations.jsonl"), ("titles", "titles.json")):
+    for flag, default in (("frames", "frames"), ("narrations", "narrations.jsonl"), ("speech", "speech.jsonl"),
+                          ("titles", "titles.json")):
         paths = config.get(flag) or []
         paths = paths if isinstance(paths, list) else [paths]
         if paths and [Path(x) for x in paths] != [Path(config["data_dir"], default)]:  # lies somewhere else
@@ -88,8 +89,8 @@ def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespa
 @torch.no_grad()
 def measure(args: argparse.Namespace, world: distributed.World) -> Measured:
     """The test split through the trainer's own functions."""
-    split = load_data(args, world)["test"]
     model = build_model(args)
+    split = load_data(args, world, model.clip.tokenizer.lengths)["test"]
     model.to(world.device).eval()
     encoding = encoding_of(model, args, world)
     videos = encode_videos(model, split, encoding, world)

@@ -29,7 +29,7 @@ DIRECTIONS = {"T2V": "text_to_video", "V2T": "video_to_text"}
 # when results are averaged.
 FREE = {*FREE_TO_CHANGE, "frames", "missing_narration", "seed", "deterministic", "grad_checkpointing", "select_on",
         "eval_every", "eval_batch_size", "dsl_scale", "qb_norm_queries", "save_similarity"}
-PATHS = ("data_dir", "narrations", "titles", "clip_model", "clip_pretrained", "tokenizer")
+PATHS = ("data_dir", "narrations", "speech", "titles", "clip_model", "clip_pretrained", "tokenizer")
 
 
 @dataclass

@@ -125,8 +125,8 @@ def last_epoch(run: Run) -> int:
 def evaluate(run: Run) -> None:
     """--eval_only of best.pt into RUN/eval, with the run's own data; why it was refused goes to run.why."""
     argv = ["--eval_only", "--checkpoint", run.path / "best.pt", "--output_dir", run.path / "eval", "--resume", "auto"]
-    for flag in ("data_dir", "frames", "narrations", "missing_narration", "num_workers", "eval_batch_size", "dsl_scale",
-                 "qb_norm_queries"):
+    for flag in ("data_dir", "frames", "narrations", "speech", "missing_narration", "num_workers", "eval_batch_size",
+                 "dsl_scale", "qb_norm_queries"):
         argv += [f"--{flag}", run.config[flag]] if run.config.get(flag) is not None else []
     command = [sys.executable, str(ROOT / "main_task_retrieval.py"), *map(str, argv)]
     ended = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
@@ -273,6 +273,7 @@ def describe(run: Run) -> str:
     """What runs of one row may differ in."""
     config, result = run.config, run.result
     said = [f"seed {config.get('seed')}", f"frames {config.get('frames')}", f"narrations {config.get('narrations')}"]
+    said += [f"speech {config['speech']}"] if config.get("speech") else []
     said += [f"from {config['checkpoint']}"] if config["checkpoint"] else []
     return f"{run.path}: {', '.join(said)}; {result['queries']} queries, {result['videos']} videos"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from narvid import InputError, distributed, towers
-from narvid.data.datasets import Split, check_frames, load_split
+from narvid.data.datasets import Speech, Split, check_frames, load_split
 from narvid.data.frames import load_frame_index
 from narvid.data.narrations import load_narrations
 from narvid.data.titles import load_titles, with_titles
@@ -116,23 +117,29 @@ def _check(args: argparse.Namespace, clip: towers.Towers) -> None:
         raise InputError(f"--max_frames {args.max_frames}: there are {most} temporal positions")
 
 
-def load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, Split]:
+def load_data(args: argparse.Namespace, world: distributed.World,
+              lengths: Callable | None = None) -> dict[str, Split]:
     """{"train", "val", "test"}: the splits that this run needs, every picked frame looked at.
 
-    All ranks call it, and all raise what one of them finds amiss.
+    lengths: of the towers' tokenizer, which --sentence both needs. All ranks call it, and all raise what one of them
+    finds amiss.
     """
     with distributed.together(world):
-        return _load_data(args, world)
+        return _load_data(args, world, lengths)
 
 
-def _load_data(args: argparse.Namespace, world: distributed.World) -> dict[str, Split]:
+def _load_data(args: argparse.Namespace, world: distributed.World, lengths: Callable | None) -> dict[str, Split]:
     reads = METHODS[args.method].reads(args)
     frame_times = load_frame_index(args.frames)
-    narrations = load_narrations(args.narrations, frame_times) if "narration" in reads else None
+    path = args.speech if args.sentence == "speech" else args.narrations
+    narrations = load_narrations(path, frame_times) if "narration" in reads else None
+    speech = None
+    if narrations is not None and args.sentence == "both":
+        speech = Speech(load_narrations(args.speech), args.speech, lengths, args.max_words)
     wanted = ["test"] if args.eval_only else ["train", "test"]
     wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
     load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, narrations=narrations,
-                   narrations_path=args.narrations, missing_narration=args.missing_narration)
+                   narrations_path=path, speech=speech, missing_narration=args.missing_narration)
     longest = {"train": None} if args.frame_sampling == "segments" else {}  # its items may draw any frame
     splits = {name: load(Path(args.data_dir, f"{name}.jsonl"), max_frames=longest.get(name, args.max_frames))
               for name in wanted}

@@ -28,7 +28,7 @@ from narvid.run.settings import DEFAULT_METHOD, flags_of
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
                   "save_every", "save_every_minutes", "tensorboard", "profile", "show_kept",
                   "rank_timeout")
-OF_DATA = ("data_dir", "frames", "narrations", "titles")
+OF_DATA = ("data_dir", "frames", "narrations", "speech", "titles")
 OF_START = ("checkpoint", "clip_pretrained", "clip_model", "tokenizer")
 GONE = "a file that is gone"
 

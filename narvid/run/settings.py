@@ -27,7 +27,7 @@ DEFAULT_METHOD = "narvid"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = "unknown"  # what chose the epoch of weights that do not say it
 # Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
-OF_A_CHECKPOINT = ("max_words", "max_frames", "fusion_weight", "recipe", "precision")
+OF_A_CHECKPOINT = ("sentence", "max_words", "max_frames", "fusion_weight", "recipe", "precision")
 
 
 def build_parser(method: str = DEFAULT_METHOD) -> Parser:
@@ -41,6 +41,10 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--data_dir", default="data/msrvtt", help="folder with {train,val,test}.jsonl")
     g.add_argument("--frames", help="folder of extracted frames [data_dir/frames]")
     g.add_argument("--narrations", help="narration file, ours or a published one [data_dir/narrations.jsonl]")
+    g.add_argument("--speech", help="narration file of what is said, of `python -m narvid.narration import` "
+                                    "[data_dir/speech.jsonl where --sentence reads it]")
+    g.add_argument("--sentence", choices=["caption", "speech", "both"], default="caption",
+                   help="of a frame; both: the caption, then what is said around it, cut together to --max_words")
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
     g.add_argument("--allow_leak", action=switch, default=False,
@@ -202,6 +206,8 @@ def _fill_in(args: argparse.Namespace) -> None:
         args.freeze_layers = -1
     args.frames = args.frames or str(Path(args.data_dir, "frames"))
     args.narrations = args.narrations or str(Path(args.data_dir, "narrations.jsonl"))
+    if args.sentence != "caption":
+        args.speech = args.speech or str(Path(args.data_dir, "speech.jsonl"))
     if "titles" in METHODS[args.method].reads(args):
         args.titles = args.titles or [str(Path(args.data_dir, "titles.json"))]
     if args.clip_lr is None:
@@ -217,6 +223,10 @@ def _refuse(args: argparse.Namespace, parser: Parser) -> None:
             parser.error(f"--{name}: is empty; name one, or leave the flag out")
         if isinstance(value, int) and abs(value) >= 2**32:  # beyond it seeds, and soon tensors, end
             parser.error(f"--{name} {value}: must be below 2^32")
+    if args.sentence != "caption" and "narration" not in method.reads(args):
+        parser.error(f"--sentence {args.sentence}: {named(args)} reads no narration")
+    if args.speech and args.sentence == "caption":
+        parser.error("--speech is read with --sentence speech or both: add one of them")
     if args.rank_timeout > 1e5:
         parser.error(f"--rank_timeout {args.rank_timeout:g}: at most 1e5 minutes, ten weeks")
     if args.layer_decay == 0:
