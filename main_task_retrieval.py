@@ -129,7 +129,7 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
               "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
               "eval_precision": args.eval_precision}
     truth = (split.video_of_query, partial(model.combine, weight=args.fusion_weight))
-    result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth), world)
+    result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth, ndcg=args.ndcg), world)
     if final and world.rank == 0:
         ranks = {name: text_to_video_ranks(s.numpy(), split.video_of_query) for name, s in truth[1](scores)}
         run.save_csv("ranks.csv", {"video": [split.videos[v] for v in split.video_of_query], "query": split.queries,
@@ -139,10 +139,10 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
     if final and args.show_kept:
         run.log(show_kept(model, args.show_kept, split, videos, scores, encoding, world, truth[1]))
     if final and args.dsl_scale:
-        result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale), world)
+        result["dsl"] = distributed.from_first(lambda: with_dsl(scores, *truth, args.dsl_scale, ndcg=args.ndcg), world)
     if final and bank:
         of_bank = score_queries(model, bank, videos, encoding, world)
-        result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, of_bank, *truth), world)
+        result["qb_norm"] = distributed.from_first(lambda: with_qb_norm(scores, of_bank, *truth, ndcg=args.ndcg), world)
     if final and args.save_similarity:
         names = {"video": "S_qv", "narration": "S_qn"}
         run.save_arrays("similarity.npz", {"video_of_query": split.video_of_query, "videos": np.array(split.videos),

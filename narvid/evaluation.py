@@ -20,7 +20,7 @@ from narvid.data.datasets import FrameDataset, Split, collate
 from narvid.data.frames import Picture
 from narvid.data.loader import make_loader
 from narvid.distributed import World, agree, collect, join_columns, share, total
-from narvid.metrics import NAMES, retrieval_metrics
+from narvid.metrics import NAMES, NDCG, retrieval_metrics
 from narvid.progress import tqdm
 
 
@@ -147,22 +147,25 @@ def show_kept(model, texts: list[str], split: Split, videos: NamedTuple, scores:
     return "\n".join(lines)
 
 
-def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable) -> dict[str, dict]:
+def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable, *,
+                      ndcg: bool = False) -> dict[str, dict]:
     """{"S_qv" | "S_qn" | "S_sum" | "S_fusion": both directions' metrics}; combine(scores) yields (name, matrix)."""
-    return {name: retrieval_metrics(s.numpy(), video_of_query) for name, s in combine(scores)}
+    return {name: retrieval_metrics(s.numpy(), video_of_query, ndcg=ndcg) for name, s in combine(scores)}
 
 
-def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable, scale: float) -> dict[str, dict]:
+def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable, scale: float, *,
+             ndcg: bool = False) -> dict[str, dict]:
     """The same table after DSL on each view: over queries for text-to-video, over videos for video-to-text."""
     directions = {"text_to_video": "queries", "video_to_text": "videos"}
     tables = {direction: table_of_matrices({view: fusion.dsl(s.double(), scale, over) for view, s in scores.items()},
-                                           video_of_query, combine) for direction, over in directions.items()}
+                                           video_of_query, combine, ndcg=ndcg)
+              for direction, over in directions.items()}
     return {name: {direction: tables[direction][name][direction] for direction in directions}
             for name in tables["text_to_video"]}
 
 
 def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_query: np.ndarray,
-                 combine: Callable) -> dict[str, dict]:
+                 combine: Callable, *, ndcg: bool = False) -> dict[str, dict]:
     """Text-to-video after QB-Norm of each matrix; `bank` holds other queries' scores of the same videos.
 
     The bank is fused with the statistics of the test matrices, and S_fusion brought back to the spread of S_qv's
@@ -175,20 +178,22 @@ def with_qb_norm(scores: dict[str, Tensor], bank: dict[str, Tensor], video_of_qu
     for (name, s), (_, of_bank) in zip(*(combine(matrices, statistics=statistics) for matrices in both)):
         spread = statistics[0][1] if name == "S_fusion" and statistics else 1.0
         normed = fusion.qb_norm(spread * s, spread * of_bank)
-        table[name] = {"text_to_video": retrieval_metrics(normed.numpy(), video_of_query)["text_to_video"]}
+        measured = retrieval_metrics(normed.numpy(), video_of_query, ndcg=ndcg)
+        table[name] = {"text_to_video": measured["text_to_video"]}
     return table
 
 
 def format_table(metrics: dict[str, dict], title: str) -> str:
     """The metrics as a table of fixed width: a row a matrix, both directions side by side."""
-    columns = NAMES
-    directions = [d for d in ("text_to_video", "video_to_text") if d in next(iter(metrics.values()))]
-    head = " | ".join(f"{d.replace('_', '-'):^34}" for d in directions)
-    names = " | ".join("".join(f"{c:>7}" for c in columns)[1:] for _ in directions)
+    first = next(iter(metrics.values()))
+    directions = [d for d in ("text_to_video", "video_to_text") if d in first]
+    columns = {name: max(7, len(name) + 1) for name in (*NAMES, NDCG) if name in first[directions[0]]}
+    head = " | ".join(f"{d.replace('_', '-'):^{sum(columns.values()) - 1}}" for d in directions)
+    names = " | ".join("".join(f"{c:>{size}}" for c, size in columns.items())[1:] for _ in directions)
     width = max(9, *(len(name) + 1 for name in metrics))
     lines = [title, f"{'':{width}}| {head}", f"{'':{width}}| {names}"]
     for name, result in metrics.items():
-        cells = ["".join(f"{result[d][c]:7.1f}" for c in columns)[1:] for d in directions]
+        cells = ["".join(f"{result[d][c]:{size}.1f}" for c, size in columns.items())[1:] for d in directions]
         lines.append(f"{name:{width}}| " + " | ".join(cells))
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Similarity and ground truth in, metrics out; and whether a difference is more than luck. numpy only, no files.
 
-B queries, V videos. R@K in percent (higher is better); MdR and MnR, the median and mean rank (1 is best).
+B queries, V videos. R@K and nDCG@10 in percent (higher is better); MdR and MnR, the median and mean rank (1 is best).
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from typing import NamedTuple
 import numpy as np
 
 NAMES = ("R@1", "R@5", "R@10", "MdR", "MnR")  # of what is computed from ranks, in the order of tables
+NDCG = "nDCG@10"  # stands behind them where it is asked for
 
 
-def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray) -> dict[str, dict[str, float]]:
+def retrieval_metrics(similarity: np.ndarray, video_of_query: np.ndarray, *,
+                      ndcg: bool = False) -> dict[str, dict[str, float]]:
     """Both directions of retrieval.
 
     similarity (B, V), higher is more alike; video_of_query (B,) the index of each query's video, any number of queries
-    a video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}.
+    a video. Returns {"text_to_video": {"R@1", "R@5", "R@10", "MdR", "MnR"}, "video_to_text": {...}}; ndcg adds
+    "nDCG@10", where one candidate is right: 1 / log2(1 + rank) up to rank 10, 0 beyond, mean.
     Of equal scores the worst rank counts: it is the number of candidates that score at least as high as the right one.
     Video-to-text (many captions a video): each video's best caption competes with every other video's best caption;
     a video without a caption is a candidate for queries but has no query of its own.
     NaN, an empty matrix, a wrong shape or an index out of range raise ValueError.
     """
     similarity, video_of_query = _checked(similarity, video_of_query)
-    return {"text_to_video": summarise(text_to_video_ranks(similarity, video_of_query)),
-            "video_to_text": summarise(video_to_text_ranks(similarity, video_of_query))}
+    return {"text_to_video": summarise(text_to_video_ranks(similarity, video_of_query), ndcg=ndcg),
+            "video_to_text": summarise(video_to_text_ranks(similarity, video_of_query), ndcg=ndcg)}
 
 
 def text_to_video_ranks(similarity: np.ndarray, video_of_query: np.ndarray) -> np.ndarray:
@@ -44,10 +47,11 @@ def video_to_text_ranks(similarity: np.ndarray, video_of_query: np.ndarray) -> n
     return (best >= np.diagonal(best)).sum(axis=0)
 
 
-def summarise(ranks: np.ndarray) -> dict[str, float]:
-    """Ranks from 1 (N,) -> R@1, R@5, R@10 in percent, median and mean rank."""
+def summarise(ranks: np.ndarray, *, ndcg: bool = False) -> dict[str, float]:
+    """Ranks from 1 (N,) -> R@1, R@5, R@10 in percent, median and mean rank, and nDCG@10 where it is asked for."""
     result = {f"R@{k}": float(100 * np.mean(ranks <= k)) for k in (1, 5, 10)}
-    return result | {"MdR": float(np.median(ranks)), "MnR": float(np.mean(ranks))}
+    result |= {"MdR": float(np.median(ranks)), "MnR": float(np.mean(ranks))}
+    return result | ({NDCG: float(100 * np.mean((ranks <= 10) / np.log2(1 + ranks)))} if ndcg else {})
 
 
 class Difference(NamedTuple):

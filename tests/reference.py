@@ -265,6 +265,17 @@ def summary(ranks):
     return result
 
 
+def ndcg_at_10(scores, right):
+    """Of one query's scores of all candidates, in percent; of equal scores the right candidate stands last.
+
+    The general definition: gains 1 and 0, discounted by log2(1 + place), over those of the best possible order.
+    """
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i == right))
+    gain = sum((order[place - 1] == right) / np.log2(1 + place) for place in range(1, min(10, len(order)) + 1))
+    best = 1 / np.log2(2)  # the right one first
+    return 100 * gain / best
+
+
 def text_to_video_ranks(similarity, video_of_query):
     """One rank a query, among all videos (those without a caption too)."""
     return [rank(list(row), right) for row, right in zip(similarity, video_of_query)]

@@ -30,6 +30,35 @@ def test_against_the_reference(seed, levels):
         assert_metrics(retrieval_metrics(array, video_of_query), reference.retrieval_metrics(array, video_of_query))
 
 
+@pytest.mark.parametrize("levels", [4, None])
+@pytest.mark.parametrize("seed", range(4))
+def test_ndcg_against_the_reference(seed, levels):
+    rng = np.random.default_rng(seed)
+    B, V = 30, rng.integers(2, 40)
+    similarity = rng.normal(size=(B, V)) if levels is None else rng.integers(0, levels, (B, V)) / levels
+    video_of_query = rng.integers(0, V, B)
+    got = retrieval_metrics(similarity, video_of_query, ndcg=True)
+    captioned = sorted(set(video_of_query.tolist()))
+    best = {v: similarity[video_of_query == v].max(axis=0) for v in captioned}  # of a video's captions, for each video
+    wanted = {"text_to_video": [reference.ndcg_at_10(s, v) for s, v in zip(similarity, video_of_query)],
+              "video_to_text": [reference.ndcg_at_10([best[u][v] for u in captioned], captioned.index(v))
+                                for v in captioned]}
+    for direction, values in wanted.items():
+        assert got[direction]["nDCG@10"] == pytest.approx(np.mean(values), abs=1e-9)
+        assert {k: v for k, v in got[direction].items() if k != "nDCG@10"} == retrieval_metrics(
+            similarity, video_of_query)[direction]
+
+
+def test_ndcg_by_hand():
+    """Ranks 1, 3 and 11 of 11 candidates: 1, 1/2, and nothing beyond the tenth place."""
+    similarity = np.zeros((3, 11))
+    similarity[0, 0] = 1
+    similarity[1] = [0, 0.5, 1, 1, *[0] * 7]
+    similarity[2] = [*[1] * 2, 0, *[1] * 8]
+    got = retrieval_metrics(similarity, np.arange(3), ndcg=True)["text_to_video"]
+    assert got["nDCG@10"] == pytest.approx(50) and got["R@10"] == pytest.approx(200 / 3)
+
+
 def test_by_hand_one_caption_a_video():
     similarity = np.array([[0.9, 0.1, 0.2], [0.8, 0.5, 0.6], [0.1, 0.7, 0.4]])
     # rows: 1; 0.8 and 0.6 are better: 3; 0.7 is better: 2. columns: 1; 0.7 is better: 2; 0.6 is better: 2

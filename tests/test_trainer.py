@@ -18,7 +18,7 @@ import main_task_retrieval as trainer
 from narvid import fusion
 from narvid import losses as losses_module
 from narvid.distributed import World
-from narvid.metrics import retrieval_metrics
+from narvid.metrics import NAMES, retrieval_metrics
 from narvid.run.settings import build_parser
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -147,6 +147,20 @@ def test_post_processed_results_stand_in_columns_of_their_own(full_run, corpus):
     assert all(list(table) == ["text_to_video"] for table in result["qb_norm"].values())
     log = (run / "log.txt").read_text()
     assert "after DSL" in log and "after QB-Norm" in log
+
+
+def test_ndcg_stands_beside_the_other_metrics_where_it_is_asked_for(corpus, weights, tmp_path):
+    trainer.main(tiny.flags(corpus, tmp_path / "run", "--eval_only", "--checkpoint", weights, "--save_similarity",
+                            "--ndcg", "--dsl_scale", 20, "--qb_norm_queries", 3))
+    arrays, [result] = np.load(tmp_path / "run" / "similarity.npz"), tiny.results(tmp_path / "run")
+    wanted = [reference.ndcg_at_10(s, v) for s, v in zip(arrays["S_qn"], arrays["video_of_query"])]
+    assert result["metrics"]["S_qn"]["text_to_video"]["nDCG@10"] == pytest.approx(np.mean(wanted))
+    for tables in ("metrics", "dsl", "qb_norm"):
+        assert all("nDCG@10" in metrics for table in result[tables].values() for metrics in table.values())
+    head, names, row = (tmp_path / "run" / "log.txt").read_text().splitlines()[1:4]
+    assert names.split("|")[1].split() == [*NAMES, "nDCG@10"] and head.index("|") == names.index("|") == row.index("|")
+    assert len(names) == len(row)
+    assert row.split("|")[1].split()[-1] == f"{result['metrics']['S_qv']['text_to_video']['nDCG@10']:.1f}"
 
 
 def test_checkpoint_alone_says_how_to_evaluate_it(corpus, tmp_path):

@@ -40,8 +40,8 @@ from narvid.run.same_run import FREE_TO_CHANGE
 from narvid.run.settings import flags_of
 
 # These say where and how often, not what is measured.
-NO_DIFFERENCE = {*FREE_TO_CHANGE, "seed", "save_similarity", "dsl_scale", "qb_norm_queries", "eval_batch_size",
-                 "eval_every"}
+NO_DIFFERENCE = {*FREE_TO_CHANGE, "seed", "save_similarity", "dsl_scale", "qb_norm_queries", "ndcg",
+                 "eval_batch_size", "eval_every"}
 
 
 class Run(NamedTuple):

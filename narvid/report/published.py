@@ -28,7 +28,7 @@ DIRECTIONS = {"T2V": "text_to_video", "V2T": "video_to_text"}
 # Runs of one row may differ in these. Those that change the test set or the choice of the epoch keep runs apart later,
 # when results are averaged.
 FREE = {*FREE_TO_CHANGE, "frames", "missing_narration", "seed", "deterministic", "grad_checkpointing", "select_on",
-        "eval_every", "eval_batch_size", "dsl_scale", "qb_norm_queries", "save_similarity"}
+        "eval_every", "eval_batch_size", "dsl_scale", "qb_norm_queries", "ndcg", "save_similarity"}
 PATHS = ("data_dir", "narrations", "speech", "titles", "clip_model", "clip_pretrained", "tokenizer")
 
 

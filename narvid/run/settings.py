@@ -111,6 +111,7 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
     g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
     g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
+    g.add_argument("--ndcg", action=switch, default=False, help="also report nDCG@10, of one right candidate a query")
     g.add_argument("--show_kept", nargs="+", metavar="QUERY",
                    help="print the best videos of these texts, with the frames and sentences that the filter keeps")
     g.add_argument("--save_similarity", action=switch, default=False, help="write both test matrices to similarity.npz")
