@@ -29,11 +29,11 @@ from narvid.data.frames import pick_frames, read_frames
 from narvid.data.narrations import Narration, join, load_narrations
 from narvid.data.videos import read_video
 from narvid.evaluation import concatenate
-from narvid.export import data_of, export
+from narvid.export import export, known_of
 from narvid.fusion import Statistics
 from narvid.methods import METHODS
 from narvid.run.build import build_model, encoding_of
-from narvid.run.exported import load_model
+from narvid.run.exported import from_hub, load_model
 from narvid.towers.architectures import find_model
 from narvid.run.settings import is_ours, named, parse_args
 
@@ -48,17 +48,18 @@ class Retriever:
     """
 
     def __init__(self, model: torch.nn.Module, flags: argparse.Namespace, device: torch.device,
-                 source: Path | None = None, data: dict | None = None):
-        """source: where the model was loaded from; data: what it was trained on, by digest (export.data_of)."""
+                 source: Path | None = None, known: dict | None = None):
+        """source: where the model was loaded from; known: what is known of its training (export.known_of)."""
         self.model, self.flags, self.device, self.source = model.to(device).eval(), flags, device, source
-        self._data = data
+        self._known = known
         self.encoding = encoding_of(model, flags, distributed.World(0, 1, device))
         self.narrated = "narration" in METHODS[flags.method].reads(flags)
 
     @classmethod
     def load(cls, source: str | Path | None, *, towers: str = "ViT-B-32", pretrained: str | None = "openai",
              tokenizer: str | None = None, device: str | None = None, eval_precision: str = "fp32") -> Retriever:
-        """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain towers.
+        """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain towers; or
+        an exported folder that the Hugging Face hub has, "owner/model" or "hf-hub:owner/model@revision".
 
         towers, pretrained: of plain towers, as for towers.load_towers; of a released file `towers` alone counts, the
         other sources bring their own. tokenizer: folder of one that is not CLIP's, for any source. device: "cpu",
@@ -67,8 +68,9 @@ class Retriever:
         InputError, one sentence, for what cannot be loaded. Nothing in the files is executed.
         """
         argv = ["--eval_only", "--output_dir", ".", "--num_workers", "0", "--eval_precision", eval_precision]
+        source = source if source is None else from_hub(source) or source
         stored = {} if source is None else load_model(source)
-        ours, data = is_ours(stored), data_of(stored)
+        ours, known = is_ours(stored), known_of(stored)
         del stored  # weights, which are read once more when the model is built
         if source is None:
             try:
@@ -93,7 +95,7 @@ class Retriever:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device}: cannot be used here ({str(error).splitlines()[0]}); say cpu, or leave "
                              "it out") from error
-        return cls(build_model(flags), flags, here, None if source is None else Path(source), data)
+        return cls(build_model(flags), flags, here, None if source is None else Path(source), known)
 
     @torch.no_grad()
     def encode_queries(self, texts: Sequence[str]) -> NamedTuple:
@@ -175,7 +177,7 @@ class Retriever:
 
     def save(self, folder: str | Path) -> None:
         """Write the model to a folder that `load` takes (narvid/export.py); InputError where that cannot be done."""
-        export(folder, self.model, self.flags, self.source, self._data)
+        export(folder, self.model, self.flags, self.source, self._known)
 
 
 def _narrations(paths: list[Path], narrations) -> list[Narration | None]:

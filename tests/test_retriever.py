@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +23,7 @@ from narvid import InputError, Retriever, export, fusion
 from narvid.data import extraction
 from narvid.data.narrations import load_narrations
 from narvid.methods import METHODS
+from narvid.run import settings
 from narvid.run.exported import load_model
 from scripts import make_demo_corpus
 
@@ -47,7 +49,7 @@ def run(weights, tmp_path_factory):
     """A run that has ended, with the tiny NarVid."""
     stored = torch.load(weights, weights_only=True)
     stored["args"] |= {"max_frames": 6, "max_words": 24, "precision": "fp32", "filter_p": 0.9, "fusion_weight": 0.6,
-                       "select_on": "val"}
+                       "select_on": "val", "recipe": "modern", "epochs": 2, "lr": 1e-3, "alpha": 0.5, "seed": 42}
     folder = tmp_path_factory.mktemp("runs") / "x"
     folder.mkdir()
     data = {"train's queries": "39 (0123456789ab)", "test's pictures": "60 (ba9876543210)"}
@@ -211,11 +213,71 @@ def test_the_folder_holds_the_model_its_result_and_a_card(exported, run, demo, m
     for said in ("# model\n", "after epoch 2, chosen on: val", "narvid --filter_p 0.9", "pictures of 32 pixels",
                  "joint\ndimension of 64", "6 frames", "24 tokens", "S_fusion |", "8 queries, 4 videos",
                  "- train's queries: 39 (0123456789ab)\n- test's pictures: 60 (ba9876543210)",
-                 'Retriever.load("model")'):
+                 'Retriever.load("model")', "started from random weights, with", "--recipe modern", "--lr 0.001",
+                 "--seed 42", "epoch chosen on val", "no other model's licence"):
         assert said.replace("\n", " ") in card.replace("\n", " ") or said in card, said
     again = Retriever.load(exported, device="cpu")
     again.save(exported.with_name("again"))
     assert (exported.with_name("again") / "config.json").read_bytes() == (exported / "config.json").read_bytes()
+
+
+def test_the_card_says_whose_licence_the_weights_came_with(exported, run):
+    flags = settings.parse_args(["--eval_only", "--output_dir", "x", "--checkpoint", str(exported)])
+    training = json.loads((exported / "config.json").read_text())["training"]
+    for started, known, said in [
+        ("openai", training, "makers state: MIT (github.com/openai/CLIP)"), ("laion2b_s34b_b79k", training, "MIT"),
+        ("meta", training, "Apache 2.0 (Perception"), ("metaclip_400m", training, "CC BY-NC 4.0"),
+        ("dfn2b", training, "started from (dfn2b) is not known here"),
+        ("openai", training | {"checkpoint": "old.pt"}, "started from (old.pt) is not known here"),
+        (None, None, "started from (a released file) is not known here"), (None, training, "random weights"),
+    ]:
+        flags.clip_pretrained = started
+        assert said in export.licence_of(flags, known, None), started
+    export.main([str(run), "--out", str(exported), "--licence", "GPL 3"])
+    assert "started from: GPL 3." in (exported / "README.md").read_text()
+
+
+def test_a_model_of_the_hub_is_fetched_and_loaded(exported, monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repository, revision=None, allow_patterns=None):
+        asked.append((repository, revision, allow_patterns))
+        if repository == "nobody/nothing":
+            raise ConnectionError("no route\nto the hub")
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    of_folder = Retriever.load(exported, device="cpu")
+    for name in ("somebody/narvid-demo", "hf-hub:somebody/narvid-demo", "hf-hub:somebody/narvid-demo@v1"):
+        model = Retriever.load(name, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(model.model.parameters(), of_folder.model.parameters()))
+    files = ["config.json", "model.safetensors", "README.md"]  # and no code
+    assert asked == [("somebody/narvid-demo", revision, files) for revision in (None, None, "v1")]
+    for name, said in (("nobody/nothing", "nobody/nothing: is not on this disk, and the hub gives no such model"),
+                       ("hf-hub:nobody/nothing", "hub gives no such model (ConnectionError: no route)")):
+        with pytest.raises(InputError, match=re.escape(said)) as error:
+            Retriever.load(name)
+        assert "\n" not in str(error.value)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/mistyped", "some/where/deep", "other/best.pt", "none"):  # files of this disk: nobody is asked
+        with pytest.raises(InputError, match="cannot be read"):
+            Retriever.load(name)
+    assert len(asked) == 5
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="pip install huggingface_hub"):
+        Retriever.load("somebody/narvid-demo")
+
+
+def test_a_folder_of_an_earlier_version_says_nothing_of_its_recipe(exported):
+    config = exported / "config.json"
+    stored = json.loads(config.read_text())
+    assert stored["training"] == {"recipe": "modern", "precision": "fp32", "epochs": 2, "lr": 1e-3, "alpha": 0.5,
+                                  "seed": 42}
+    del stored["training"]
+    config.write_text(json.dumps(stored))
+    Retriever.load(exported, device="cpu").save(exported)
+    assert "## Recipe\n\nIt is not known." in (exported / "README.md").read_text()
 
 
 def test_the_trainer_evaluates_an_exported_folder_and_a_runs_folder(exported, run, demo):

@@ -4,13 +4,14 @@
   model.safetensors   the weights
   README.md           what this model is, for people (narvid/export.py writes it)
 
-Loading executes nothing that stands in any of them. Here: these forms. Not here: what a checkpoint's file holds
-(main_task_retrieval.py), building a model (build.py).
+An exported model may also lie on the Hugging Face hub. Loading executes nothing that stands in any of them. Here: these
+forms. Not here: what a checkpoint's file holds (main_task_retrieval.py), building a model (build.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from narvid.towers import ClipConfig
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORM = 1  # of config.json; rises when an older reader would misread it
 AGAIN = "export the model again, or fetch the whole folder again"
+HUB = "hf-hub:"  # before owner/model, with @ and a revision behind it where it is not the newest
 
 
 def load_model(path: str | Path) -> dict:
@@ -40,10 +42,34 @@ def load_model(path: str | Path) -> dict:
                      f"{WEIGHTS}; name one of these, or a file")
 
 
+def from_hub(source: str | Path) -> Path | None:
+    """`hf-hub:owner/model[@revision]`, or `owner/model` where no such folder is here -> the fetched folder, else None.
+
+    The three files of an exported model are fetched and nothing else; InputError for what the hub does not have.
+    """
+    name = str(source)
+    plain = not name.startswith(HUB)
+    if plain and (Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+                  or Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt")):
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f"{name}: a model of the hub needs pip install huggingface_hub; or name a folder") from error
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    except Exception as error:  # of the hub's client, of its transport, of the disk
+        said = str(error).strip().splitlines() or [""]
+        nothing = "is not on this disk, and the hub gives no such model" if plain else "the hub gives no such model"
+        raise InputError(f"{name}: {nothing} ({type(error).__name__}: {said[0][:200]}); name a run's folder, an "
+                         "exported folder, or owner/model as the hub has it") from error
+
+
 def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, card: str) -> None:
     """An exported model, in place of one that stood there; InputError where the folder holds anything else.
 
-    config: "flags", "towers", "epoch", "step", "data", "result"; what is not known is None.
+    config: "flags", "towers", "epoch", "step", "data", "training", "result"; what is not known is None.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {*list_folder(folder)} - {CONFIG, WEIGHTS, CARD}):
@@ -67,7 +93,7 @@ def read_exported(folder: str | Path) -> dict:
         raise InputError(f"{folder / WEIGHTS}: is not the file that {CONFIG} was written for; {AGAIN}")
     known = {name: config[name] for name in ("epoch", "step") if config[name] is not None}
     return {"model": state, "clip_config": config["towers"], "args": config["flags"],
-            "identity": {"data": config["data"]}, **known}
+            "identity": {"data": config["data"]}, "training": config.get("training"), **known}
 
 
 def read_config(folder: Path) -> dict:
@@ -78,7 +104,9 @@ def read_config(folder: Path) -> dict:
         raise InputError(f"{path}: is of form {str(config.get('form'))[:20]}, this version reads form {FORM}; install "
                          "the version of narvid that wrote it, or export the model again")
     wanted = {"flags": dict, "towers": dict, "epoch": (int, type(None)), "step": (int, type(None)),
-              "data": (dict, type(None)), "result": (dict, type(None)), "sha256": str}
+              "data": (dict, type(None)), "training": (dict, type(None)), "result": (dict, type(None)),
+              "sha256": str}
+    config.setdefault("training", None)  # versions before wrote none
     if wrong := [name for name, kind in wanted.items() if name not in config or not isinstance(config[name], kind)]:
         raise InputError(f"{path}: its {wrong[0]} is missing or of another kind; {AGAIN}")
     if not all(isinstance(config["flags"].get(name), str) for name in ("method", "clip_model")):
