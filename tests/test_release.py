@@ -18,6 +18,8 @@ from open_clip.model import CLIP, convert_weights_to_lp
 from PIL import Image
 
 import main_task_retrieval as trainer
+from narvid import InputError
+from narvid.towers import __main__ as towers_command
 
 D, K, SIDE, MAX_WORDS = 64, 3, 32, 12
 ARCHITECTURE = {
@@ -227,3 +229,24 @@ def test_a_release_of_another_architecture_is_refused(corpus, checkpoint, tmp_pa
     (tmp_path / "other.json").write_text(json.dumps(other))
     message = refusal(corpus, checkpoint, tmp_path / "run", "--clip_model", tmp_path / "other.json")
     assert "narvid_released.bin" in message and "another shape" in message
+
+
+def test_check_release_says_what_a_file_holds_and_that_it_scores(corpus, checkpoint, capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        towers_command.main(["check-release", str(checkpoint), "--clip_model", str(corpus / "clip.json")])
+    out = capsys.readouterr().out
+    assert not left.value.code
+    state = torch.load(checkpoint, weights_only=True)
+    of_clip = sum(key.startswith("clip.") for key in state)
+    assert f"{len(state)} tensors, {of_clip} of CLIP (0 of them unread), {len(state) - of_clip} of the heads" in out
+    assert "D 64" in out and "noise: finite" in out
+    for broken, sentence in ((lambda s: s.pop("clip.visual.conv1.weight"), "has heads and no towers"),
+                             (lambda s: s.pop("text_weight_fc.0.weight"), "text_weight_fc|word_weight_mlp|missing")):
+        changed = dict(state)
+        broken(changed)
+        torch.save(changed, tmp_path / "broken.bin")
+        with pytest.raises(InputError, match=sentence) as error:
+            towers_command.main(["check-release", str(tmp_path / "broken.bin")])
+        assert "broken.bin" in str(error.value)
+    with pytest.raises(InputError, match="name it with --clip_model"):
+        towers_command.main(["check-release", str(checkpoint)])

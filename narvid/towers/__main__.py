@@ -7,6 +7,7 @@ what a frame costs. `check-release` reads a released NarVid checkpoint: which ke
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,11 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--quick_gelu", action="store_true", default=None, help="of a file that does not tell")
     two = commands.add_parser("check-release", help="what a released NarVid checkpoint holds, and whether it scores")
     two.add_argument("file")
+    two.add_argument("--clip_model", help="its towers, where they are none of ViT-B-32, ViT-B-16, ViT-L-14")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
             sys.exit(not check(args.name, args.pretrained, args.tokenizer, args.quick_gelu))
-        check_release(args.file)
+        sys.exit(not check_release(args.file, args.clip_model))
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -88,8 +90,6 @@ def _open_clips(name: str, pretrained: str | None, towers: Towers):
 
 
 def _compare_frames(towers: Towers, theirs: torch.nn.Module, transform) -> bool:
-    import tempfile
-
     rng = np.random.default_rng(0)
     smooth = [Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize((640, 360)) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
@@ -125,8 +125,8 @@ def _agree(ours: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((1 - F.cosine_similarity(ours, want)).max() < AGREE)
 
 
-def check_release(file: str) -> None:
-    """Print what a released NarVid file holds, and the scores of two texts with noise; ValueError where it is none."""
+def check_release(file: str, name: str | None = None) -> bool:
+    """Print what a released NarVid file holds -> whether two texts and noise score; ValueError where it is none."""
     from narvid.model import heads_from_release  # the heads stand above the towers
     from narvid.retriever import Retriever
 
@@ -140,10 +140,10 @@ def check_release(file: str) -> None:
     if kernel is None:
         raise InputError(f"{file}: has heads and no towers (clip.visual.conv1.weight); name another file")
     names = {(768, 32): "ViT-B-32", (768, 16): "ViT-B-16", (1024, 14): "ViT-L-14"}
-    name = names.get((kernel.shape[0], kernel.shape[-1]))
+    name = name or names.get((kernel.shape[0], kernel.shape[-1]))
     if name is None:
         raise InputError(f"{file}: a ViT {kernel.shape[0]} wide with patches of {kernel.shape[-1]} pixels is none of "
-                         f"{', '.join(names.values())}")
+                         f"{', '.join(names.values())}; name it with --clip_model")
     print(f"towers: {name}; heads: D {heads.config.dim}, {heads.config.temporal_layers} temporal blocks, "
           f"{heads.config.positions} positions")
     retriever = Retriever.load(file, towers=name, device="cpu")
@@ -155,6 +155,7 @@ def check_release(file: str) -> None:
     print(f"scores of two texts with two videos of noise: {'finite' if finite else 'NOT finite'}, S_qv "
           f"{scores['video'].min():.3f} to {scores['video'].max():.3f}; evaluate it with configs/msrvtt_*.yaml "
           f"--eval_only --checkpoint {file}")
+    return finite
 
 
 if __name__ == "__main__":
