@@ -1,4 +1,4 @@
-"""Which model a name, a .json file or a folder stands for, which weights go with it, and how its pictures are made.
+"""Which model a name, a .json file or a folder stands for, its weights, how its pictures are made; all as plain values.
 
 Not here: building and loading (the package itself), what stands in weights files (weights.py).
 """
@@ -6,6 +6,7 @@ Not here: building and loading (the package itself), what stands in weights file
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,49 @@ class Model(NamedTuple):
     config: dict  # open_clip's: embed_dim, vision_cfg, text_cfg and perhaps custom_text, quick_gelu, ...
     pictures: dict | None  # keys of LIKE_OPENAI; None: nothing says it
     folder: Path | None  # with weights, and perhaps with a tokenizer
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """All that is needed to build the towers again without a flag or a download; plain values, kept in checkpoints."""
+
+    embed_dim: int
+    vision_cfg: dict
+    text_cfg: dict
+    quick_gelu: bool = False
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    # Of the heads' blocks that start from text blocks. The towers' own, but checkpoints from before this field lack it:
+    # their blocks ran with QuickGELU over any towers, and go on so.
+    temporal_quick_gelu: bool = True
+    # What follows is that of OpenAI's towers, as in checkpoints from before these fields.
+    custom_text: bool = False  # the text tower's weights lie under "text."
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
+    scale_limit: float = 100.0  # the logit scale is kept below; more where the weights came with more (SigLIP)
+    tokenizer: str | None = None  # folder or name on the hub; None: the one that text_cfg names, or CLIP's
+    tokenizer_digest: str | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        side = self.vision_cfg.get("image_size", 224)
+        return side[0] if isinstance(side, (list, tuple)) else side
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the text tower has positions for."""
+        return self.text_cfg.get("context_length", 77)
+
+
+def config_of(model: Model, quick_gelu: bool, pictures: dict, tokenizer: str | None) -> ClipConfig:
+    """What towers of this model are built from; pictures: keys of architectures.LIKE_OPENAI, {} for OpenAI's."""
+    own = model.config
+    return ClipConfig(
+        own["embed_dim"], own["vision_cfg"], own["text_cfg"], quick_gelu, temporal_quick_gelu=quick_gelu,
+        custom_text=bool(own.get("custom_text") or own["text_cfg"].get("hf_model_name")), tokenizer=tokenizer,
+        **{ours: pictures[theirs] for ours, theirs in (("mean", "mean"), ("std", "std"), ("resize", "resize_mode"),
+                                                       ("interpolation", "interpolation")) if theirs in pictures})
 
 
 def find_model(name: str) -> Model:

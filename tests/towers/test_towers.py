@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from narvid import towers as clip
-from narvid.towers import architectures
+from narvid.towers import architectures, pair
 from narvid.run import optim
 from narvid.data.frames import Picture, read_frames
 from narvid.model import Heads, NarVidConfig
@@ -339,11 +339,11 @@ def test_many_texts_are_read_in_parts_of_like_length(monkeypatch):
     """The same features and gradients in the order they came, with fewer tokens through the tower."""
     towers = towers_with_life().double()
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 21, (clip.MANY_TEXTS + 3,), generator=generator)
+    lengths = torch.randint(2, 21, (pair.MANY_TEXTS + 3,), generator=generator)
     tokens = some_texts(len(lengths), lengths.tolist())
 
     def read(many):
-        monkeypatch.setattr(clip, "MANY_TEXTS", many)
+        monkeypatch.setattr(pair, "MANY_TEXTS", many)
         towers.zero_grad()
         eos, words = towers.encode_text(tokens, words=False)
         assert words is None
