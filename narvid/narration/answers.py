@@ -57,10 +57,11 @@ _TOKENS = r"/?(?:s|pad|unk|bos|eos|mask|image|answer|(?:start|end)_of_(?:text|tu
 _SPECIAL = re.compile(rf"[<＜](?:[|｜][^<>|｜]{{1,40}}[|｜]|{_TOKENS})[>＞]", re.IGNORECASE)
 
 
-def sentence(text: object, *, cut: bool, limit: int) -> str | Failed:
+def sentence(text: object, *, cut: bool, limit: int, one: bool = False) -> str | Failed:
     """A model's answer in one clean line: without its reasoning, special tokens and control characters.
 
     cut: whether the token limit ended it. limit: that number, named where nothing is left but half a thought.
+    one: up to the first full stop alone.
     """
     if not isinstance(text, str):
         why = f"the token limit of {limit} ended the answer before its first word: raise --max_new_tokens"
@@ -68,7 +69,8 @@ def sentence(text: object, *, cut: bool, limit: int) -> str | Failed:
     said, unfinished = _without_reasoning(text)
     said = one_line(_SPECIAL.sub(" ", unescape(unescape(said))))  # CLIP's tokenizer undoes these escapes twice as well
     if any(c.isalnum() for c in said):
-        return Cut(said) if cut else said
+        said = Cut(said) if cut else said
+        return first_sentence(said) if one else said
     if cut or unfinished:
         return Failed(f"the token limit of {limit} ended the answer in its reasoning: raise --max_new_tokens", "cut")
     return Failed("the answer is empty", "empty")
@@ -90,6 +92,22 @@ def one_line(text: str) -> str:
     """A text as it can be stored: without line breaks, control characters and half surrogate pairs."""
     text = text.encode("utf-8", "replace").decode()
     return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
+
+
+# A full stop that ends a sentence: not those of "Mr. Smith", "J. Smith", "e.g. a", "U.S. army" and "No. 7".
+_STOP = re.compile(r"(?:[.!?]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[”』」]?)")
+_SHORT = re.compile(r"(?:^|[\s(])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|approx|No|Fig)$")
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the full stop that ends its first sentence; a Cut text that has one is whole then."""
+    for stop in _STOP.finditer(text):
+        before, behind = text[: stop.start()], text[stop.end() :].lstrip()
+        abbreviated = stop[0] == "." and _SHORT.search(before)
+        if not any(c.isalnum() for c in before) or before.isdigit() or (behind and abbreviated):
+            continue  # "1. A man ...", a name, an abbreviation
+        return text[: stop.end()]
+    return text
 
 
 # ---- refusals ----

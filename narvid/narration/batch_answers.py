@@ -97,7 +97,7 @@ def answers(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     of_set = read_set(args.folder)
     chat = Chat(of_set["model"], of_set["prompt"], shown=of_set["model"], without=of_set["without"],
-                **{name: of_set[name] for name in ("max_new_tokens", "temperature", "seed")})
+                **{name: of_set[name] for name in ("max_new_tokens", "temperature", "seed", "one_sentence")})
     jobs = read_jobs(args.folder, of_set)
     times = load_frame_index(args.frames or of_set["frames"])
     came = read_answers(args.folder, of_set, jobs, chat)

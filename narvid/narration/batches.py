@@ -210,7 +210,8 @@ def read_set(folder: Path) -> dict:
     without, temperature = entry.get("without"), entry.get("temperature")
     if not (all(isinstance(text, str) and text or text == "" for text in texts) and entry["set"]
             and all(type(n) is int for n in numbers) and type(temperature) in (int, float, type(None))
-            and isinstance(without, list) and all(name in tuple(INSTEAD) for name in without)):
+            and type(entry.get("one_sentence")) is bool and isinstance(without, list)
+            and all(name in tuple(INSTEAD) for name in without)):
         raise InputError(f"{path}: is not what `requests` writes; {AGAIN}")
     return entry
 

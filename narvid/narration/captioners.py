@@ -31,9 +31,11 @@ PROMPTS = {  # Table 7, word for word; Table 8 compares them and settles on C
         "processed text without any additional description."
     ),
     "C": "Please describe this image for image-captioning task",
+    "S": "Describe what happens in this image in one short sentence of at most 20 words.",  # ours, for short towers
 }
 WITHOUT_PROMPT = ("blip", "blip-2", "git")  # model types that were trained to caption a picture and nothing else
 WITHOUT_TEMPLATE = {"llava": "USER: <image>\n{prompt} ASSISTANT:"}  # model type -> the form on its model card
+TASKS = {"florence2": ("<DETAILED_CAPTION>", "<CAPTION>", "<MORE_DETAILED_CAPTION>")}  # model type -> all its prompts
 
 
 class Captioner(Protocol):
@@ -58,7 +60,8 @@ class Captioner(Protocol):
 class LocalCaptioner:
     """An image-text model of the transformers library, by hub name or folder, on this process's GPU or the CPU.
 
-    prompt: a key of PROMPTS or any text, None for C. dtype: bf16, fp16 or fp32; None for bf16 on a GPU, fp32 without.
+    prompt: a key of PROMPTS or any text, None for C. one_sentence: answers are cut at their first full stop.
+    dtype: bf16, fp16 or fp32; None for bf16 on a GPU, fp32 without.
     temperature: None is greedy. Raises InputError for a model that cannot be read or whose prompt form is unknown.
     """
 
@@ -72,6 +75,7 @@ class LocalCaptioner:
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float | None = None,
         seed: int = 0,
+        one_sentence: bool = False,
     ):
         import torch
 
@@ -93,7 +97,7 @@ class LocalCaptioner:
             why = first_line(error)
             raise InputError(f"--captioner {model}: no model that transformers can read ({why})") from error
         self._model_name, self._load_4bit, self._max_new_tokens = model, load_4bit, max_new_tokens
-        self._temperature, self._seed = temperature, seed
+        self._temperature, self._seed, self._one_sentence = temperature, seed, one_sentence
         self._template, self.prompt = self._prompt_form(kind, prompt)
         opened = re.search(OPEN.pattern + r"\s*$", self._template or "", re.IGNORECASE)
         self._opened = opened[0] if opened else ""  # some templates begin the reasoning themselves
@@ -103,7 +107,7 @@ class LocalCaptioner:
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.prepare = Preparer(model, self._processor, self._template)
         number_type = dtype + " 4bit" * load_4bit
-        self.label = f"{model.rstrip('/')} {number_type} {decoding(temperature, seed, max_new_tokens)}"
+        self.label = f"{model.rstrip('/')} {number_type} {decoding(temperature, seed, max_new_tokens, one_sentence)}"
 
     def _prompt_form(self, kind: str, prompt: str | None) -> tuple[str | None, str]:
         """(text that stands for picture and prompt, or None for the picture alone; the prompt to record)."""
@@ -112,6 +116,11 @@ class LocalCaptioner:
             messages = [{"role": "user", "content": content}]
             text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return text, prompt_text(prompt)
+        if kind in TASKS:
+            if prompt not in (None, *TASKS[kind]):
+                raise InputError(f"--captioner {self._model_name}: {kind!r} models know the prompts "
+                                 f"{' '.join(TASKS[kind])} alone; give one of them, or leave --prompt out")
+            return prompt or TASKS[kind][0], prompt or TASKS[kind][0]
         if kind in WITHOUT_TEMPLATE:
             return WITHOUT_TEMPLATE[kind].format(prompt=prompt_text(prompt)), prompt_text(prompt)
         if kind not in WITHOUT_PROMPT:
@@ -201,7 +210,7 @@ class LocalCaptioner:
             tokens = tokens[:, prompt.shape[1] :]
         whole = torch.isin(tokens, self._ends().to(tokens.device)).any(dim=1).tolist()
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
-        return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens)
+        return [sentence(self._opened + text, cut=not ended, limit=self._max_new_tokens, one=self._one_sentence)
                 for text, ended in zip(texts, whole, strict=True)]
 
     def _placed(self, x):
@@ -225,14 +234,14 @@ class LocalCaptioner:
 
 
 def prompt_text(prompt: str | None) -> str:
-    """The text of prompt A, B or C (Table 7); any other text as it is; None for C, the paper's choice (Table 8)."""
+    """The text of A, B or C (Table 7), or of S; any other text as it is; None for C, the paper's choice (Table 8)."""
     return PROMPTS.get(prompt or "C", prompt)
 
 
-def decoding(temperature: float | None, seed: int, max_new_tokens: int) -> str:
+def decoding(temperature: float | None, seed: int, max_new_tokens: int, one_sentence: bool = False) -> str:
     """How tokens are chosen, for a label."""
     how = "greedy" if temperature is None else f"sample temperature={temperature:g} seed={seed}"
-    return f"{how} max_new_tokens={max_new_tokens}"
+    return f"{how} max_new_tokens={max_new_tokens}" + " one_sentence" * one_sentence
 
 
 def seed_of(seed: int, key: str | None) -> int:

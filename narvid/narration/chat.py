@@ -40,10 +40,12 @@ class Chat:
     """
 
     def __init__(self, model: str, prompt: str | None = None, *, shown: str, max_new_tokens: int = MAX_NEW_TOKENS,
-                 temperature: float | None = None, seed: int = 0, without: Iterable[str] = ()):
+                 temperature: float | None = None, seed: int = 0, one_sentence: bool = False,
+                 without: Iterable[str] = ()):
         self.model, self.prompt, self.shown, self.without = model, prompt_text(prompt), shown, set(without)
         self._temperature, self._seed, self._max_new_tokens = temperature, seed, max_new_tokens
-        self.asked_label = f"{model} server {decoding(temperature, seed, max_new_tokens)}"
+        self._one_sentence = one_sentence
+        self.asked_label = f"{model} server {decoding(temperature, seed, max_new_tokens, one_sentence)}"
 
     @property
     def label(self) -> str:
@@ -91,7 +93,8 @@ class Chat:
             said = "".join(part["text"] for part in parts if part.get("type", "text") in ("text", "output_text"))
         if end == "content_filter" or (refusal and not said):
             return Failed(f"{self.shown}: the picture was refused: {first_line(str(refusal or end))}", "refused")
-        return sentence(said, cut=end in ("length", "max_tokens"), limit=self._max_new_tokens)
+        return sentence(said, cut=end in ("length", "max_tokens"), limit=self._max_new_tokens,
+                        one=self._one_sentence)
 
     def failed(self, why: str, code: object = None, status: int = 400) -> Failed:
         """A refused picture, for its content, says nothing of the next one; any other failure does."""

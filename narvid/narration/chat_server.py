@@ -47,6 +47,7 @@ class ServerCaptioner:
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float | None = None,
         seed: int = 0,
+        one_sentence: bool = False,
         api_key_env: str | None = None,
         retries: int = 5,
         timeout: float = 60.0,
@@ -54,7 +55,8 @@ class ServerCaptioner:
     ):
         address = _address(url)
         shown = re.sub(r"(?<=//)[^/@]*@|\?.*", "", address)  # without what is nobody's business
-        self._chat = Chat(model, prompt, shown=shown, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        self._chat = Chat(model, prompt, shown=shown, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                          one_sentence=one_sentence)
         self._connections = Connections(_with_path(address), {"Authorization": f"Bearer {_key(api_key_env)}"}, timeout)
         self._retries, self._timeout, self._may_change = retries, timeout, True
         self._pause = 1 / requests_per_second if requests_per_second else 0.0

@@ -6,6 +6,7 @@ what a refusal is (`answers.py`).
 
     python -m narvid.narration check FILE --frames DIR [--max_frames K] [--max_words 64] [--list FILE]
     python -m narvid.narration check FILE --frames DIR --drop refused --out FILE
+    python -m narvid.narration check FILE --frames DIR --towers PE-Core-B-16 ViT-B-32
 """
 
 import os
@@ -22,6 +23,7 @@ from narvid import InputError
 from narvid.files import write_json_lines
 from narvid.flags import Parser, positive
 from narvid.narration.answers import is_refusal
+from narvid.narration.lengths import readings
 from narvid.data.frames import load_frame_index, pick_frames
 from narvid.data.narrations import Narration, date_published, join, parse_lines, write_narrations
 from narvid.data.published_narrations import ALIGNMENT, parse_published, read_form
@@ -307,17 +309,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", required=True, help="folder of extracted frames, with its index")
     parser.add_argument("--max_frames", type=positive, help="check the frames that training picks (default: all)")
     parser.add_argument("--max_words", type=positive, default=64, help="tokens of a sentence that training reads [64]")
+    parser.add_argument("--towers", nargs="+", metavar="NAME", default=[],
+                        help="say how much these towers cut: open_clip's names, configs in .json, or folders")
+    parser.add_argument("--tokenizer", metavar="DIR", help="of --towers, where it is not CLIP's [from the hub]")
     parser.add_argument("--list", help="write every problem there as JSON lines: video, kind, what")
     parser.add_argument("--drop", choices=("refused",), help="write the narrations to --out without such sentences")
     parser.add_argument("--out", help="of --drop: a narration file in our form")
     args = parser.parse_args(argv)
     if bool(args.drop) != bool(args.out):
         parser.error("--drop and --out go together")
+    if args.tokenizer and not args.towers:
+        parser.error("--tokenizer is that of --towers: name them")
     frame_times = load_frame_index(args.frames)
     report, narrations = validate(args.file, frame_times, max_frames=args.max_frames, max_words=args.max_words)
     if args.drop and report.alignment:
         parser.error(f"--drop: {args.file} is in a published form; turn it into ours with `convert`, then --drop")
     print_report(args.file, report)
+    for reading in readings(args.towers, narrations, args.tokenizer) if args.towers else ():
+        print(reading)
     if args.list:
         print(f"wrote {write_list(args.list, report)} problems to {args.list}")
     if args.drop:

@@ -116,7 +116,9 @@ def which_frames(group: argparse._ArgumentGroup) -> None:
 
 def how_to_ask(group: argparse._ArgumentGroup) -> None:
     """The flags that say what is asked about a frame, and how an answer is decoded."""
-    group.add_argument("--prompt", help="A, B or C of Table 7, or a text of your own; C if not given")
+    group.add_argument("--prompt", help="A, B or C of Table 7, S (one short sentence), or a text of your own; C if not "
+                                        "given")
+    group.add_argument("--one_sentence", action="store_true", help="cut each answer at its first full stop")
     group.add_argument("--max_new_tokens", type=positive, default=MAX_NEW_TOKENS, help="CLIP reads 77 at most")
     group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     group.add_argument("--sampling_temperature", type=positive_float, default=0.2, help="of --sample")
@@ -182,7 +184,7 @@ def make_captioner(args: argparse.Namespace) -> Captioner:
 
 def decoding(args: argparse.Namespace) -> dict:
     """How tokens are chosen, as captioners take it."""
-    return {"max_new_tokens": args.max_new_tokens, "seed": args.captioner_seed,
+    return {"max_new_tokens": args.max_new_tokens, "seed": args.captioner_seed, "one_sentence": args.one_sentence,
             "temperature": args.sampling_temperature if args.sample else None}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from narvid.towers.tokenizer import Tokenizer
-from narvid.narration.answers import Cut, Failed, in_a_row, is_refusal, kind_of, sentence
+from narvid.narration.answers import Cut, Failed, first_sentence, in_a_row, is_refusal, kind_of, sentence
 
 REAL = Path(os.environ.get("NARVID_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "real"))
 
@@ -156,3 +156,26 @@ def test_only_a_refused_picture_says_nothing_of_the_next():
                              (Failed("", "cut"), 3), ("A cat.", 0), (Failed("policy", "refused"), 0)):
         failures = in_a_row(failures, answer)
         assert failures == expected
+
+
+# ---- one sentence ----
+
+
+@pytest.mark.parametrize("text, first", [
+    ("A man walks. He waves.", "A man walks."), ("A man walks", "A man walks"), ("A man walks.", "A man walks."),
+    ("A man walks! He waves.", "A man walks!"), ("Is it a man? Yes.", "Is it a man?"), ("Men... They wave.", "Men..."),
+    ("Mr. Smith and Dr. J. Doe walk. They wave.", "Mr. Smith and Dr. J. Doe walk."),
+    ("The U.S. army, e.g. tanks, at 3.5 km. It is hot.", "The U.S. army, e.g. tanks, at 3.5 km."),
+    ('A sign says "Stop." A man waits.', 'A sign says "Stop."'), ("1. A man walks. 2. He waves.", "1. A man walks."),
+    ("一个男人在走路。他挥手。", "一个男人在走路。"), ("... A man walks. He waves.", "... A man walks."), ("", ""),
+    ("A plan by St. Mary's, No. 7. It rains.", "A plan by St. Mary's, No. 7."),
+])
+def test_the_first_full_stop_ends_a_sentence_and_an_abbreviation_does_not(text, first):
+    assert first_sentence(text) == first
+
+
+def test_an_answer_that_was_cut_behind_its_first_sentence_is_whole():
+    whole, half = (sentence(text, cut=True, limit=9, one=True) for text in ("A man walks. He wa", "A man wa"))
+    assert (whole, type(whole)) == ("A man walks.", str) and (half, type(half)) == ("A man wa", Cut)
+    assert sentence("<think>No. Yes.</think> A man walks. He waves.", cut=False, limit=9, one=True) == "A man walks."
+    assert sentence("A man walks. He waves.", cut=False, limit=9) == "A man walks. He waves."

@@ -166,6 +166,18 @@ def test_parts_that_are_no_text_are_a_failure(frames, tmp_path, server, content)
     assert failed["video"] == "b" and ("no chat completion" in failed["why"] or failed["kind"] == "empty")
 
 
+def test_one_sentence_is_cut_and_recorded(frames, tmp_path, server):
+    out, expected = tmp_path / "n.jsonl", expected_of(frames, VIDEOS)
+    server.answer = lambda picture: chat(f"{sentence_of(picture)} stands. It is the", finish="length")
+    run(frames, out, server, "--one_sentence", "--prompt", "S")
+    assert sentences(out) == {video: [f"{text} stands." for text in texts] for video, texts in expected.items()}
+    assert not (tmp_path / "n.failed.jsonl").exists()
+    label = "m server greedy max_new_tokens=77 one_sentence same_frame=5"
+    assert {narrated.captioner for narrated in load_narrations(out).values()} == {label}
+    assert "one short sentence" in server.bodies[-1][2]["messages"][0]["content"][1]["text"]
+    assert "was made by" in error(frames, out, server, "--prompt", "S")
+
+
 # ---- counted, listed, asked again ----
 
 
