@@ -11,9 +11,12 @@
   spool.py       a file read by such a process: its frames wait on disk
   sentences.py   the sentences of frames: a captioner, a narration file, or none
   build.py       folder of files -> index; goes on where it stopped, notices what has changed
-  server.py      the page (page.html) and its JSON API
-  guard.py       who may ask the server
-  clips.py       which files a browser plays, and an mp4 of those it cannot
+  server.py      which address answers what (page/: the page), and a server that runs
+  site.py        answers and pictures as JSON; asked.py: what a request may say
+  watching.py    clips over HTTP
+  serving.py     a running server and the commands of its machine
+  guard.py       who may ask the server: hosts, password
+  clips.py       which files a browser plays, stretches of others on their way, the folder of made ones
   preview.py     a stretch of a file as an mp4 that plays while it is made
   __main__.py    the flags
 

@@ -26,6 +26,7 @@ from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, command, count, number, positive, positive_float
+from narvid.search.serving import Served
 from narvid.search.store import Store
 
 if TYPE_CHECKING:
@@ -88,7 +89,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("index", type=Path, metavar="INDEX")
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
     add("--port", type=count, default=8000, help="0 takes a free one [8000]")
-    add("--open", action="store_true", help="open the page in a browser")
+    add("--browser", action="store_true", help="open the page in a browser")
+    add("--password", metavar="TEXT", help="asked for before anything is shown [where others reach this machine one "
+        "is made up and printed]")
+    add("--open", action="store_true", help="no password, although others reach this machine")
+    add("--allow_host", action="append", default=[], metavar="NAME", help="a further name under which the server may "
+        "be asked, for instance of a proxy before it; may be given again")
     for asking in (query, serve):
         asking.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
         asking.add_argument("--tokenizer", help="where the folder of its tokenizer lies by now")
@@ -109,6 +115,13 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
             parser.error("--prompt is the captioner's: give --captioner or --server too, or leave it out")
         if args.checkpoint and args.clip_pretrained:
             parser.error("--clip_pretrained is for plain CLIP; --checkpoint brings its weights: leave one out")
+    if args.command == "serve":
+        if args.open and args.host in ("127.0.0.1", "localhost", "::1"):
+            parser.error("--open is for a --host that others reach; --browser opens the page in a browser")
+        if args.open and args.password is not None:
+            parser.error("--open and --password exclude each other")
+        if args.password == "":
+            parser.error("--password is empty: give one, or --open for none")
     if args.command == "query":
         asked = [name for name in ("text", "queries", "picture", "clip") if getattr(args, name) is not None]
         if len(asked) != 1:
@@ -172,8 +185,7 @@ def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
 def query_index(args: argparse.Namespace) -> None:
     """Print the answers to one query or many."""
     names = ("top", "folder", "min_seconds", "max_seconds", "since", "until", "exact")
-    same = {name: getattr(args, name) for name in names}
-    same["one_a_file"] = not args.moments
+    same = {name: getattr(args, name) for name in names} | {"one_a_file": not args.moments}
     texts = read_queries(args.queries) if args.queries else [args.text]
     picture = read_bytes(args.picture) if args.picture else None
     with Store(args.index, read_only=True) as store:
@@ -182,7 +194,8 @@ def query_index(args: argparse.Namespace) -> None:
         if args.folder and not len(store.all_windows(args.folder)):
             raise InputError(f"--folder {args.folder}: no indexed video lies there; give a folder below "
                              f"{store.settings['videos']}, relative to it")
-        engine = open_engine(store, args.checkpoint, args.tokenizer)
+        served = None if args.exact or args.clip or args.checkpoint else Served.find(args.index)
+        engine = served or open_engine(store, args.checkpoint, args.tokenizer)
         if picture is not None:
             try:
                 found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
@@ -191,7 +204,8 @@ def query_index(args: argparse.Namespace) -> None:
         elif args.clip:
             found = [({"clip": str(args.clip)}, engine.like_clip(args.clip, **same))]
         else:
-            found = zip(({"query": text} for text in texts), engine.search(texts, **same))
+            found = (({"query": text}, engine.search(text, **same)) for text in texts) if served else zip(
+                ({"query": text} for text in texts), engine.search(texts, **same))
         for asked, answers in found:
             if args.json:
                 print(json.dumps(asked | {"fits": answers.fits, "answers": [a.as_dict() for a in answers]}))
@@ -205,7 +219,8 @@ def serve_index(args: argparse.Namespace) -> None:
 
     with Store(args.index, read_only=True) as store:
         engine = open_engine(store, args.checkpoint, args.tokenizer)
-        server.serve(store, engine, host=args.host, port=args.port, show=args.open)
+        server.serve(store, engine, host=args.host, port=args.port, show=args.browser, allowed=args.allow_host,
+                     password=args.password, opened=args.open)
 
 
 def open_engine(store: Store, checkpoint: str | None, tokenizer: str | None = None) -> Engine:

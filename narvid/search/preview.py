@@ -34,7 +34,9 @@ def key_frame_before(path: str | Path, start: float) -> float:
     container, stream = open_video(path)
     with container:
         origin = _origin(container, stream)
-        packet = next(_packets_from(container, [stream], stream, origin + start))
+        packet = next(_packets_from(container, [stream], stream, origin + start), None)
+        if packet is None:
+            raise InputError(f"{path}: no key frame to begin with")
         return max(0.0, float(_stamp(packet) * packet.time_base) - origin)
 
 

@@ -124,7 +124,7 @@ def test_index_query_and_page_agree(index, demo, capsys):
     best = max(first["frames"], key=lambda frame: frame["frame_weight"] + frame["sentence_weight"])
     search, clip, frame, about = serve_and_ask(index, [
         f"/api/search?top=20&q={quote(QUERY)}", f"/clip/{first['file']}",
-        f"/frame/{first['file']}/{best['number']}.jpg", "/api/about"])
+        f"/frame/{first['file']}/{best['number']}", "/api/about"])
     page = json.loads(search[1])["answers"]
     assert search[0] == 200 and [a["window"] for a in page] == [a["window"] for a in asked["answers"]]
     assert [a["score"] for a in page] == pytest.approx(scores) and page[0]["moment"] == best["time"]

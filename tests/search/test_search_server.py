@@ -7,6 +7,7 @@ index is real, the engine is not: it answers with every window there is, and wri
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -30,9 +31,10 @@ from narvid import InputError
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
-from narvid.search import clips, guard, server
+from narvid.search import asked, clips, guard, server
 from narvid.search.answers import Answer, Answers, Moment, Seen
 from narvid.search.engine import Abandoned
+from narvid.search.serving import Served, announced
 from narvid.search.store import Store
 
 HOSTILE = "<img src=x onerror=alert(1)> & 'co' #1?.mp4"
@@ -120,10 +122,10 @@ def make_index(home):
 
 
 @contextmanager
-def running(app):
+def running(app, http="h11"):
     """A server in a thread of this process -> its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        uvicorns = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="critical"))
+        uvicorns = uvicorn.Server(uvicorn.Config(app, http=http, ws="none", log_level="critical"))
         thread = threading.Thread(target=uvicorns.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -180,6 +182,7 @@ def test_a_search_says_where_and_why_and_hands_the_filters_on(site):
 def test_more_like_a_window_leaves_it_out_and_names_it(site):
     status, found = site.json("/api/like?window=1")
     assert status == 200 and found["like"]["path"] == "plain.mp4" and len(found["answers"]) == 3
+    assert found["like"]["frames"] == [0, 1, 2, 3]
     assert site.json("/api/like?window=99")[0] == 404
     assert site.json("/api/like?window=99999999999999999999999999")[0] == 400
 
@@ -198,9 +201,9 @@ def test_about_counts_and_names_what_could_not_be_read(site):
     ("q=a&min_seconds=-1", "min_seconds"), ("q=a&max_seconds=inf", "max_seconds"), ("q=a&max_seconds=", "max_seconds"),
     ("q=a&q=b", "q is given 2 times"), ("q=a&path=/etc", "'path'"), ("window=1", "'window'")])
 def test_a_senseless_parameter_is_named(site, query, named):
-    asked = len(site.engine.asked)
+    before = len(site.engine.asked)
     status, answer = site.json(f"/api/search?{query}")
-    assert status == 400 and named in answer["error"] and len(site.engine.asked) == asked
+    assert status == 400 and named in answer["error"] and len(site.engine.asked) == before
 
 
 def test_faults_are_sentences_without_details(site):
@@ -225,12 +228,16 @@ def test_a_picture_is_searched_by_its_bytes(site):
     status, found = site.json("/api/picture?top=2", "POST", picture.getvalue())
     assert status == 200 and len(found["answers"]) == 2
     assert site.engine.asked[-1][0] == f"picture of {len(picture.getvalue())} bytes"
+    name = found["picture"]
+    again = site.json(f"/api/picture?picture={name}&skip=1")[1]  # of a page that is loaded again
+    assert again["picture"] == name and len(again["answers"]) == 3
+    assert site.ask(f"/picture/{name}")[2][8:12] == b"WEBP" and site.json("/api/picture?picture=x")[0] == 404
     assert site.json("/api/picture", "POST", b"no picture")[0] == 400
     assert site.json("/api/picture", "POST", b"")[0] == 400
 
 
 def test_a_picture_of_any_size_does_not_fill_the_memory(site, monkeypatch):
-    monkeypatch.setattr(server, "MAX_PICTURE", 100_000)
+    monkeypatch.setattr(asked, "MAX_PICTURE", 100_000)
     chunks = iter([b"x" * 60_000, b"x" * 60_000])  # without a length: chunked
     assert site.json("/api/picture", "POST", chunks)[0] == 413
 
@@ -245,10 +252,10 @@ def test_a_clip_is_the_file_in_whole_and_in_part(site):
     assert (status, headers["content-type"], headers["accept-ranges"]) == (200, "video/mp4", "bytes") and body == whole
     status, headers, body = site.ask(clip, "HEAD")
     assert status == 200 and headers["content-length"] == str(len(whole)) and body == b""
-    for asked, part in {"bytes=0-3": whole[:4], "bytes=5-": whole[5:], "bytes=-7": whole[-7:],
-                        "bytes=0-99999999999999999999999": whole}.items():
-        status, headers, body = site.ask(clip, Range=asked)
-        assert status == 206 and body == part and headers["content-range"].endswith(f"/{len(whole)}"), asked
+    for wanted, part in {"bytes=0-3": whole[:4], "bytes=5-": whole[5:], "bytes=-7": whole[-7:],
+                         "bytes=0-99999999999999999999999": whole}.items():
+        status, headers, body = site.ask(clip, Range=wanted)
+        assert status == 206 and body == part and headers["content-range"].endswith(f"/{len(whole)}"), wanted
 
 
 @pytest.mark.parametrize("asked, statuses", [
@@ -262,51 +269,117 @@ def test_odd_ranges_give_no_more_than_the_file(site, asked, statuses):
     assert status in statuses and len(body) < size + 500
 
 
-def test_what_browsers_cannot_play_is_made_into_an_mp4_once(site, monkeypatch):
-    made, compress = [], clips.compress_video
-
-    def slowly(*args, **how):
-        made.append(args)
-        time.sleep(0.1)
-        compress(*args, **how)
-
-    monkeypatch.setattr(clips, "compress_video", slowly)
-    clip = f"/clip/{site.id_of['sub/old.avi']}"
-    with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(site.ask, 3 * [clip]))
-    assert len(made) == 1 and {(status, headers["content-type"]) for status, headers, _ in answers} == {
-        (200, "video/mp4")}
-    with av.open(BytesIO(answers[0][2])) as container:
+def test_what_browsers_cannot_play_is_a_preview_that_is_made_once(site):
+    file, folder = site.id_of["sub/old.avi"], Path(site.store.path) / "clips"
+    shutil.rmtree(folder, ignore_errors=True)
+    status, how = site.json(f"/api/clip?file={file}&start=2&end=7")
+    assert status == 200 and (how["preview"], how["begins"], how["ends"]) == (True, 2.0, 7.0)
+    first, again = site.ask(how["src"]), site.ask(how["src"])
+    assert first[0] == again[0] == 200 and first[1]["content-type"] == "video/mp4" and first[2] == again[2]
+    with av.open(BytesIO(first[2])) as container:
         assert container.streams.video[0].codec_context.name == "h264"
-        assert float(container.duration / 1e6) == pytest.approx(8.0, abs=0.6)
-    assert [path.suffix for path in (Path(site.store.path) / "clips").iterdir()] == [".mp4"]
+        assert max(frame.time for frame in container.decode(video=0)) == pytest.approx(4.5, abs=0.6)
+    assert len(list(folder.glob("*.encoded.mp4"))) == 1
+    assert site.ask(how["src"], Range="bytes=0-3")[2] == first[2][:4]
+    shutil.rmtree(folder)
+    assert site.ask(how["src"], Range="bytes=0-1")[2] == first[2][:2]  # as Safari begins
+    assert site.json("/api/clip?file=1&start=2&end=7")[1] == {"src": "/clip/1", "begins": 0.0, "ends": 8.0,
+                                                              "preview": False}
+    for path in (f"/preview/{file}?start=5&end=5", f"/preview/{file}?start=5", f"/preview/{file}?start=x&end=7",
+                 "/api/clip?start=5&end=7", "/api/clip?file=99&start=1&end=2"):
+        assert site.ask(path)[0] in (400, 404), path
 
 
-def test_a_start_sweeps_up_what_is_not_wanted(site):
-    folder = Path(site.store.path) / "clips"
-    folder.mkdir(exist_ok=True)
-    kept = folder / clips.clip_name(site.store.file(site.id_of["sub/old.avi"]))
-    for path in (kept, kept.with_suffix(".tmp"), folder / "0123.mp4"):
-        path.touch()
-    server.create_app(site.store, site.engine)
-    assert list(folder.iterdir()) == [kept]
-    kept.unlink()
+def test_leaving_ends_what_is_made_for_one(site, tmp_path, monkeypatch):
+    """Ten viewers of a long clip leave after its first bytes: nothing goes on, nothing is left, others are served."""
+    steps = []
+
+    def endless(path, start, end, sink, **how):
+        with suppress(GeneratorExit):
+            while True:
+                steps.append(time.monotonic())
+                sink(b"x" * 70_000)
+                time.sleep(0.002)
+                yield
+        steps.append("closed")
+
+    monkeypatch.setattr("narvid.search.preview.encoded", endless)
+    file, folder = site.id_of["sub/old.avi"], Path(site.store.path) / "clips"
+    for n in range(10):
+        with socket.create_connection(("127.0.0.1", site.port)) as connection:
+            connection.sendall(f"GET /preview/{file}?start={n / 10}&end=7 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    for _ in range(300):
+        if steps.count("closed") == 10:
+            break
+        time.sleep(0.02)
+    assert steps.count("closed") == 10 and not list(folder.glob("*.tmp"))
+    before = len(steps)
+    time.sleep(0.1)
+    assert len(steps) == before
+    assert site.ask("/clip/1")[0] == 200
+
+
+def test_the_folder_of_made_clips_has_a_limit_and_is_swept(site, tmp_path):
+    folder = clips.Folder(tmp_path, limit=250)
+    file = site.store.file(1)
+    places = [folder.place(file, n, n + 1, "encoded") for n in range(4)]
+    assert len(set(places)) == 4
+    for age, place in enumerate(places):
+        place.write_bytes(bytes(100))
+        os.utime(place, (age, age))
+    (tmp_path / "half.tmp").touch()
+    assert folder.find(places[0]) and not folder.find(tmp_path / "none.encoded.mp4")
+    folder.sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {places[0].name, places[3].name, "half.tmp"}
+    folder.sweep(at_start=True)
+    assert {path.name for path in tmp_path.iterdir()} == {places[0].name, places[3].name}
+    clips.Folder(tmp_path / "none").sweep()
 
 
 @pytest.mark.parametrize("name, codec, pix_fmt, expected", [
-    ("a.mp4", "libx264", "yuv420p", "video/mp4"), ("a.mov", "libx264", "yuv420p", "video/mp4"),
-    ("a.webm", "libvpx", "yuv420p", "video/webm"), ("a.mkv", "libx264", "yuv420p", None),
-    ("a.mp4", "libx264", "yuv444p", None), ("a.mp4", "mpeg4", "yuv420p", None)])
-def test_which_files_browsers_play(tmp_path, name, codec, pix_fmt, expected):
+    ("a.mp4", "libx264", "yuv420p", ("file", "video/mp4")), ("a.mov", "libx264", "yuv420p", ("file", "video/mp4")),
+    ("a.webm", "libvpx", "yuv420p", ("file", "video/webm")), ("a.mkv", "libx264", "yuv420p", ("copied", "video/mp4")),
+    ("a.mp4", "libx264", "yuv444p", ("encoded", "video/mp4")), ("a.mp4", "mpeg4", "yuv420p", ("encoded", "video/mp4"))])
+def test_how_browsers_play_files(tmp_path, name, codec, pix_fmt, expected):
     path = make_clip(tmp_path / name, [0, 0.5, 1], codec=codec, pix_fmt=pix_fmt, rate=2)
-    assert clips.playable_as(path, 0, 0) == expected
+    assert clips.how_played(path, 0, 0)[:2] == expected
+    assert clips.how_played(path, 0, 0, 1.5, "the time stamps leap by 9 s at 1.0 s") == ("encoded", "video/mp4", True)
+
+
+@pytest.mark.parametrize("start, end, codec", [(2.0, 7.0, "h264"), (0.0, 3.0, "h264")])
+def test_a_stretch_to_keep_is_copied_where_it_can_be(site, start, end, codec):
+    status, headers, body = site.ask(f"/cut/1?start={start}&end={end}")
+    assert status == 200 and f'filename="plain_{start:.0f}-{end:.0f}.mp4"' in headers["content-disposition"]
+    with av.open(BytesIO(body)) as container:
+        assert container.streams.video[0].codec_context.codec.canonical_name == codec
+        assert container.duration / 1e6 >= end - start - 0.6
+    for _ in range(100):  # it goes when it has been sent
+        if not (left := list((Path(site.store.path) / "clips").glob("*.tmp.mp4"))):
+            break
+        time.sleep(0.02)
+    assert not left
+    assert site.json("/cut/1?start=0&end=9999")[0] == 400
+
+
+def test_only_its_own_machine_gets_to_know_where_a_file_lies(site, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, **how: started.append(command))
+    path = str(site.videos / "plain.mp4")
+    assert site.json("/api/path?file=1") == (200, {"path": path})
+    assert site.json("/api/reveal?file=1", "POST")[0] == 200 and str(Path(path).parent) in started[0][-1]
+    assert site.json("/api/reveal?file=1")[0] == 405 and site.json("/api/path")[0] == 400
+    with running(server.create_app(site.store, site.engine, local=False)) as port:
+        other = Site(site.store, site.engine, port)
+        assert other.json("/api/path?file=1")[0] == other.json("/api/reveal?file=1", "POST")[0] == 403
+    assert len(started) == 1
 
 
 def test_frames_come_from_the_index_alone(site):
     file = site.id_of[HOSTILE]
-    status, headers, body = site.ask(f"/frame/{file}/2.jpg")
+    status, headers, body = site.ask(f"/frame/{file}/2")
     assert (status, headers["content-type"]) == (200, "image/jpeg") and body == site.store.jpeg(file, 2)
-    for path in (f"/frame/{file}/4.jpg", "/frame/99/0.jpg", f"/frame/{file}/-1.jpg", f"/frame/{file}/0.png"):
+    for path in (f"/frame/{file}/4", "/frame/99/0", f"/frame/{file}/-1", f"/frame/{file}/0.png"):
         assert site.ask(path)[0] == 404, path
 
 
@@ -362,12 +435,12 @@ def test_a_file_that_is_not_the_indexed_one_is_not_served(site, tmp_path):
     {"Sec_Fetch_Site": "same-site"}])
 def test_other_sites_are_not_answered(site, headers):
     headers = {name: value.format(port=site.port) for name, value in headers.items()}
-    asked = len(site.engine.asked)
+    before = len(site.engine.asked)
     for path, method in (("/api/search?q=x", "GET"), ("/api/picture", "POST"), ("/clip/1", "GET"),
-                         ("/frame/1/0.jpg", "GET")):
+                         ("/frame/1/0", "GET")):
         status, answer = site.json(path, method, b"x" if method == "POST" else None, **headers)
         assert status == 403 and answer["error"], path
-    assert len(site.engine.asked) == asked
+    assert len(site.engine.asked) == before
 
 
 def test_the_page_itself_may_be_linked_to_and_ask(site):
@@ -385,14 +458,102 @@ def test_names_of_a_server_that_others_reach(monkeypatch):
 
 
 def test_every_answer_keeps_the_page_to_itself(site):
-    page = server.PAGE.read_text(encoding="utf-8")
-    for path in ("/", "/api/about", "/clip/1", "/nothing"):
+    for path in ("/", "/page.js", "/api/about", "/clip/1", "/nothing"):
         headers = site.ask(path)[1]
-        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-        assert policy.count("'sha256-") == 2 == len(re.findall(r"<script>|<style>", page))
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|https?://", page)
+    pages = {path.name: path.read_text(encoding="utf-8") for path in server.PAGE.iterdir()}
+    for name, text in pages.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|https?://", text), name
+        assert not re.search(r"<script>|<style|\son\w+=| style=", text), name
+
+
+def test_what_programs_can_ask_is_written_down(site):
+    """Every address of the server stands in openapi.json with the parameters that it takes, and no other."""
+    api = site.json("/openapi.json")[1]
+    routes = {route.path: route.methods - {"HEAD"} for route in server.create_app(site.store, site.engine).routes}
+    routes = {path: methods for path, methods in routes.items() if path not in server.FILES}
+    assert {path: {method.upper() for method in of} for path, of in api["paths"].items()} == routes
+    for path, of in api["paths"].items():
+        for method, said in of.items():
+            names = [api["components"]["parameters"][p["$ref"].split("/")[-1]]["name"] if "$ref" in p else p["name"]
+                     for p in said["parameters"]]
+            if not path.startswith(("/api/search", "/api/like", "/api/picture")):
+                continue
+            assert set(asked.FILTERS) <= set(names)
+            status, answer = site.json(f"{path}?nonsense=1", method.upper(), b"x" if method == "post" else None)
+            assert status == 400 and all(name in answer["error"] for name in names)
+    answer = site.json("/api/search?q=x")[1]["answers"][0]
+    assert answer.keys() == api["components"]["schemas"]["Answer"]["properties"].keys()
+    assert site.ask("/api")[1]["content-type"].startswith("text/html")
+
+
+# ---- a password ----
+
+
+@pytest.fixture
+def locked(site, monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_SECONDS", 0.05)
+    app = server.create_app(site.store, site.engine, password="open \u00e9 sesame", key="of-the-machine", local=False)
+    with running(app) as port:
+        yield Site(site.store, site.engine, port)
+
+
+def test_without_the_password_nothing_is_shown(locked):
+    for path in ("/api/search?q=x", "/clip/1", "/frame/1/0", "/openapi.json", "/page.js", "/api/about"):
+        assert locked.json(path)[0] == 401, path
+    status, _, page = locked.ask("/")
+    assert status == 401 and b'type="password"' in page and b"plain" not in page
+    form = {"Content_Type": "application/x-www-form-urlencoded", "Origin": f"http://127.0.0.1:{locked.port}"}
+    for wrong in (b"password=wrong", b"password=", b"", b"password=open%20%C3%A9%20sesam", bytes(5000)):
+        status, headers, _ = locked.ask("/login", "POST", wrong, **form)
+        assert status in (401, 413) and "set-cookie" not in headers
+    status, headers, _ = locked.ask("/login", "POST", b"password=open+%C3%A9+sesame", **form)
+    assert status == 303 and headers["location"] == "/"
+    cookie = headers["set-cookie"]
+    assert all(word in cookie for word in ("HttpOnly", "SameSite=strict"))
+    cookie = cookie.split(";")[0]
+    assert locked.ask("/api/search?q=x", Cookie=cookie)[0] == 200 and locked.ask("/", Cookie=cookie)[0] == 200
+    assert locked.ask("/api/search?q=x", Cookie=cookie + "x")[0] == 401
+    assert locked.ask("/api/about", X_Narvid_Key="of-the-machine")[0] == 200
+    assert locked.ask("/login", "POST", b"password=open+%C3%A9+sesame", Origin="http://evil.example")[0] == 403
+
+
+def test_a_server_for_others_makes_up_a_password(site, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(server, "create_app", lambda *args, **how: made.append((args, how)))
+    monkeypatch.setattr(server.uvicorn, "Server", lambda config: SimpleNamespace(run=lambda sockets: None))
+    monkeypatch.setattr(server, "addresses", lambda: ["192.168.0.7"])
+    server.serve(site.store, site.engine, host="0.0.0.0", port=0, allowed=["films.example"])
+    (_, _, hosts), how = made[0]
+    printed = capsys.readouterr().out
+    assert f"password: {how['password']}" in printed and len(how["password"]) == 14 and not how["local"]
+    assert re.search(r"http://192\.168\.0\.7:\d+/  \(from other machines", printed) and "films.example" in hosts
+    server.serve(site.store, site.engine, host="0.0.0.0", port=0, opened=True)
+    assert made[1][1]["password"] is None and "without a password" in capsys.readouterr().out
+    server.serve(site.store, site.engine, port=0)
+    assert made[2][1]["password"] is None and made[2][1]["local"] and capsys.readouterr().out.startswith("http://127")
+    assert not (Path(site.store.path) / "serving.json").exists()
+
+
+def test_a_query_is_answered_by_the_running_server(site, tmp_path):
+    index = Path(site.store.path)
+    assert Served.find(index) is None
+    how = {"folder": "sub", "min_seconds": 0.0, "max_seconds": inf, "since": -inf, "until": inf, "exact": False,
+           "one_a_file": True}
+    with announced(index, f"http://127.0.0.1:{site.port}/", "key"):
+        assert (index / "serving.json").stat().st_mode & 0o777 == 0o600
+        found = Served.find(index).search("a red field", top=1, **how)
+        assert site.engine.asked[-1] == ("a red field", 1, "sub", 0.0, inf)
+        assert found == site.engine.search(["a red field"], top=1, folder="sub", min_seconds=0.0, max_seconds=inf)[0]
+        assert found.fits is True and found.total == 2
+        with pytest.raises(InputError, match="written by another process"):
+            Served.find(index).search("busy", top=1, **how)
+    assert not (index / "serving.json").exists()
+    (index / "serving.json").write_text('{"address": "http://127.0.0.1:1/", "key": "x"}')  # of one that was killed
+    assert Served.find(index) is None
+    (index / "serving.json").unlink()
 
 
 # ---- at the same time ----
@@ -406,10 +567,47 @@ def test_clips_go_on_while_a_search_runs_and_searches_wait_for_each_other(site):
             if site.engine.running:
                 break
             time.sleep(0.01)
-        assert [site.ask(path)[0] for path in ("/clip/1", "/frame/1/0.jpg", "/api/about")] == [200, 200, 200]
+        assert [site.ask(path)[0] for path in ("/clip/1", "/frame/1/0", "/api/about")] == [200, 200, 200]
         assert not any(answer.done() for answer in slow)
         site.engine.go_on.set()
         assert [answer.result()[0] for answer in slow] == [200, 200]
+
+
+def test_an_abandoned_search_ends_and_the_next_one_is_answered(site):
+    site.engine.go_on.clear()
+    with socket.create_connection(("127.0.0.1", site.port)) as connection:
+        connection.sendall(b"GET /api/search?q=slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(500):
+            if site.engine.running:
+                break
+            time.sleep(0.01)
+        assert site.engine.running
+    assert site.json("/api/search?q=x")[0] == 200  # in the same one thread
+    assert not site.engine.running
+
+
+def test_an_upload_that_breaks_off_is_no_fault(site, capfd):
+    with socket.create_connection(("127.0.0.1", site.port)) as connection:
+        connection.sendall(b"POST /api/picture HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+        time.sleep(0.1)
+    assert site.json("/api/search?q=x")[0] == 200 and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_does_not_arrive_is_closed(site, monkeypatch):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+    with running(server.create_app(site.store, site.engine), http=server.Impatient) as port:
+        other = Site(site.store, site.engine, port)
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+            assert other.ask("/")[0] == 200
+            start = time.monotonic()
+            assert slow.recv(100) == b"" and time.monotonic() - start < 3
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:  # the second one of a connection
+            connection.sendall(b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(5000).startswith(b"HTTP/1.1 404")
+            connection.sendall(b"GET / HT")
+            while connection.recv(5000):
+                pass
 
 
 def test_ctrl_c_ends_it_cleanly_while_a_clip_is_being_watched(site, tmp_path, capfd):

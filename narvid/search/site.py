@@ -1,0 +1,220 @@
+"""What the page and other programs ask of an index: answers, pictures of frames, what there is (JSON over HTTP).
+
+Here: /api/..., /frame/.... page/openapi.json says what each takes and gives; a mistake is answered by
+{"error": sentence} and the status code that fits. Not here: clips (watching.py), parameters (asked.py), who may ask
+(guard.py), how answers are found (engine.py), what is stored (store.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from narvid import InputError
+from narvid.search.answers import Answer
+from narvid.search.asked import MAX_QUERY, body_of, filters, number_of, parameters, whole_number
+from narvid.search.engine import Abandoned, Engine
+from narvid.search.store import File, Store
+
+MAX_LISTED = 1000  # folders and unreadable files that the page gets to know of
+PICTURES = 16  # that were searched by are kept for a page that is loaded again, the last ones
+WALL = 36  # windows of the start page
+LOOK_EVERY = 0.1  # seconds between two looks whether anybody still waits
+
+
+class Json(JSONResponse):
+    """In ASCII: file names may hold what UTF-8 cannot."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False).encode()
+
+
+class Site:
+    """The endpoints. Searches run in one thread, for the engine is not made for more; clips and frames go on meanwhile.
+
+    Threads are kept, since each has a connection of its own to the index.
+    """
+
+    def __init__(self, store: Store, engine: Engine):
+        self.store, self.engine = store, engine
+        self.reading, self.searching = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
+        self.pictures: OrderedDict[str, bytes] = OrderedDict()
+
+    async def read(self, function: Callable, *args):
+        """function(*args) in a thread that reads."""
+        return await asyncio.get_running_loop().run_in_executor(self.reading, function, *args)
+
+    async def about(self, request: Request) -> Response:
+        parameters(request)
+        return Json(await self.read(about, self.store, self.engine.embedder.frames_alone))
+
+    async def wall(self, request: Request) -> Response:
+        parameters(request)
+        return Json({"windows": await self.read(wall, self.store)})
+
+    async def search(self, request: Request) -> Response:
+        how = filters(request, "q")
+        query = request.query_params.get("q", "").strip()
+        if not query:
+            raise HTTPException(400, "q is missing: the sentence to search for")
+        if len(query) > MAX_QUERY:
+            raise HTTPException(400, f"q is too long: {len(query)} characters, at most {MAX_QUERY} are taken")
+        return await self._answer(request, lambda **same: self.engine.search([query], **same)[0], how, {"query": query})
+
+    async def like(self, request: Request) -> Response:
+        how = filters(request, "window")
+        window = whole_number(request.query_params.get("window", ""))
+        if window is None:
+            raise HTTPException(400, "window is missing, or no number: that of an answer")
+        try:
+            [itself] = await self.read(self.store.windows, [window])
+        except KeyError:
+            raise HTTPException(404, f"the index has no window {window} (any more)") from None
+        named = {"window": window, "file": itself.file, "path": itself.path, "start": itself.start, "end": itself.end,
+                 "frame": itself.picks[len(itself.picks) // 2], "frames": itself.picks}
+        return await self._answer(request, partial(self.engine.like_window, window), how, {"like": named})
+
+    async def picture(self, request: Request) -> Response:
+        """A picture that is sent, or one that was sent before."""
+        how = filters(request, "picture")
+        if request.method == "POST":
+            data = await body_of(request)
+            name = hashlib.sha256(data).hexdigest()[:24]
+        else:
+            name = request.query_params.get("picture", "")
+            data = self.pictures.get(name)
+            if data is None:
+                raise HTTPException(404, "this picture is no longer here; choose it again")
+        try:
+            answer = await self._answer(request, partial(self.engine.like_picture, data), how, {"picture": name})
+        except InputError as error:
+            raise HTTPException(400, str(error)) from error
+        self.pictures[name] = data
+        self.pictures.move_to_end(name)
+        while len(self.pictures) > PICTURES:
+            self.pictures.popitem(last=False)
+        return answer
+
+    async def shown_picture(self, request: Request) -> Response:
+        """A picture that was searched by, small."""
+        data = self.pictures.get(request.path_params["picture"])
+        if data is None:
+            raise HTTPException(404, "this picture is no longer here")
+        return Response(await self.read(_small, data), media_type="image/webp")
+
+    async def frame(self, request: Request) -> Response:
+        file, number = number_of(request, "file"), number_of(request, "frame")
+        try:
+            picture = await self.read(self.store.jpeg, file, number)
+        except KeyError:
+            raise HTTPException(404, f"the index has no frame {number} of file {file}") from None
+        kind = "jpeg" if picture[:2] == b"\xff\xd8" else "webp"  # the former in indexes of version 1
+        return Response(picture, media_type=f"image/{kind}", headers={"cache-control": "private, max-age=600"})
+
+    async def _answer(self, request: Request, search: Callable, how: dict, head: dict) -> Response:
+        """Search in the one thread that does; where nobody waits any more the search ends, begun or not."""
+        gone = threading.Event()
+
+        def run() -> dict:
+            if gone.is_set():
+                raise Abandoned
+            start = time.perf_counter()
+            try:
+                answers = search(**how, wanted=lambda: not gone.is_set())
+                found = [as_dict(answer, self.store.file(answer.file)) for answer in answers]
+            except KeyError:
+                raise HTTPException(503, "the index has just changed; search again") from None
+            return {**head, "answers": found, "total": answers.total, "fits": answers.fits,
+                    "took": round(time.perf_counter() - start, 4)}
+
+        search_of = asyncio.get_running_loop().run_in_executor(self.searching, run)
+        try:
+            while not (await asyncio.wait([search_of], timeout=LOOK_EVERY))[0]:
+                if await request.is_disconnected():
+                    gone.set()
+            return Json(await search_of)
+        except Abandoned:
+            return Response(status_code=499)
+        finally:
+            gone.set()
+
+
+def as_dict(answer: Answer, file: File) -> dict:
+    """An answer as the page gets it: with the file's length, and the moment that its best frame shows."""
+    best = max(answer.frames, key=lambda frame: frame.frame_weight + frame.sentence_weight, default=None)
+    moment = {"best": best.number if best else None, "moment": best.time if best else answer.start}
+    return {**answer.as_dict(), **moment, "seconds": file.seconds, "date": date_of(file),
+            "recorded": file.recorded is not None}
+
+
+def date_of(file: File) -> float:
+    """When it was recorded, else written to, in seconds since 1970."""
+    return file.mtime_ns / 1e9 if file.recorded is None else file.recorded
+
+
+def about(store: Store, frames_alone: str) -> dict:
+    """What the page says of the index as a whole; frames_alone: what to say where there is no narration."""
+    files, settings = store.files(), store.settings
+    narrated = settings["narration"] and settings["captioner"] is not None
+    read = [file for file in files if not file.why]
+    failed = [{"path": file.path, "why": file.why} for file in files if file.why]
+    folders = {parent.as_posix() for file in read for parent in Path(file.path).parents} - {"."}
+    return {
+        "videos": Path(settings["videos"]).name,
+        "files": len(read),
+        "windows": store.count(),
+        "seconds": sum(file.seconds for file in read),
+        "folders": sorted(folders)[:MAX_LISTED],
+        "failed": failed[:MAX_LISTED],
+        "failures": len(failed),
+        "method": settings["method"],
+        "narrated": narrated,
+        "loses": "" if narrated else frames_alone,
+        "dates": [min(map(date_of, read), default=0.0), max(map(date_of, read), default=0.0)],
+        "examples": examples(store) if narrated else [],
+    }
+
+
+def some_windows(store: Store, count: int) -> list:
+    """Windows spread evenly over the index."""
+    ids = store.all_windows()
+    picked = ids[np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if len(ids) else []
+    return store.windows(list(picked))
+
+
+def wall(store: Store) -> list[dict]:
+    """Windows of the start page: where they are, and their frames."""
+    return [{"file": w.file, "window": w.id, "path": w.path, "start": w.start, "end": w.end, "frames": w.picks}
+            for w in some_windows(store, WALL)]
+
+
+def examples(store: Store) -> list[str]:
+    """Sentences of the index itself, short ones, to begin with."""
+    found = []
+    for window in some_windows(store, 12):
+        sentences = [f.sentence for f in store.frames(window.file) if f.number in window.picks and f.sentence]
+        found += [s.strip().rstrip(".") for s in sentences[:1] if 8 <= len(s.strip()) <= 70]
+    return list(dict.fromkeys(found))[:4]
+
+
+def _small(data: bytes) -> bytes:
+    with Image.open(BytesIO(data)) as picture:
+        file = BytesIO()
+        picture.thumbnail((160, 160))
+        picture.convert("RGB").save(file, "WEBP", quality=60)
+    return file.getvalue()
