@@ -63,7 +63,7 @@ def read_sentences(path: str | Path, language: str | None = None) -> list[Timed]
 
 # ---- the words of a line ----
 
-_SOUND = re.compile(r"\[[^\]]*\]|\([^)]*\)|[♪♫]")
+_SOUND = re.compile(r"\[[^\[\]]*\]|\([^()]*\)|[♪♫]")
 _MARK = re.compile(r"^\s*(?:>>+|[-–—](?=\s))\s*")  # another speaker
 
 
@@ -75,7 +75,7 @@ def _said(line: str) -> str:
 
 def _without_tags(text: str) -> str:
     """Text without <i>, <c.colour>, <00:00:01.500>, {\\an8} and with HTML's escapes undone."""
-    return unescape(re.sub(r"\{[\\=][^}]*\}|</?[a-zA-Z][^<>]*>|<[\d:.]+>", "", text))
+    return unescape(re.sub(r"\{[\\=][^{}]*\}|</?[a-zA-Z][^<>]*>|<[\d:.]+>", "", text))
 
 
 # ---- captions that roll ----
@@ -160,8 +160,9 @@ def _of_ass(path: Path, text: str) -> list[Timed]:
     cues, columns = [], None
     for number, line in enumerate(text.split("\n"), 1):
         name, _, rest = line.partition(":")
-        if name == "Format" and "Text" in rest:
+        if name == "Format" and rest.rstrip().endswith("Text"):  # [V4+ Styles] has one too
             columns = [column.strip() for column in rest.split(",")]
+            columns[-1] = "Text"
         if name != "Dialogue":
             continue
         values = rest.split(",", len(columns or ()) - 1) if columns else []
@@ -176,10 +177,13 @@ def _of_ass(path: Path, text: str) -> list[Timed]:
     return cues
 
 
+_TAGS = r"\{[^{}]{0,200}\\p%s[^{}]{0,200}\}"  # overrides that begin or end a drawing
+
+
 def _ass_text(text: str) -> str:
     """What of a Dialogue's text is read: no overrides, no drawings."""
-    text = re.sub(r"\{[^}]*\\p[1-9][^}]*\}.*?(?:\{[^}]*\\p0[^}]*\}|$)", "", text)
-    return re.sub(r"\\[Nn]", "\n", re.sub(r"\{[^}]*\}", "", text)).replace("\\h", " ")
+    text = re.sub(rf"{_TAGS % '[1-9]'}.*?(?:{_TAGS % '0'}|$)", "", text)
+    return re.sub(r"\\[Nn]", "\n", re.sub(r"\{[^{}]*\}", "", text)).replace("\\h", " ")
 
 
 def _times(found: re.Match) -> tuple[float, float]:

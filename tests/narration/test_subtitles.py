@@ -1,6 +1,7 @@
 """narvid/narration/subtitles.py and speech.py: every form with its right sentences, broken ones, the join."""
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def test_what_is_said_twice_is_said_twice(tmp_path):
     ("a.srt", "once upon a time\n", "a.srt:1: no line of times such as"),
     ("a.vtt", SRT, "a.vtt:1: does not begin with WEBVTT"),
     ("a.ass", "[Script Info]\n", "a.ass:1: no [Events] with a Format line"),
+    ("a.ass", ASS.replace("Effect, Text", "Effect, Words"), "a.ass:10: no Dialogue line"),
     ("a.ass", ASS.replace("0:01:00.00", "one minute"), "a.ass:10: no Dialogue line"),
     ("a.ass", ASS.replace("Dialogue: 0,0:01:00.00,0:01:01.00,Default,,0,0,0,,1984", "Dialogue: 0,0:01:00.00"),
      "a.ass:10: no Dialogue line"),
@@ -164,6 +166,14 @@ def test_broken_files_are_named(tmp_path, name, text, words):
                                         ("a.ass", ""), ("a.json", '{"segments": []}')])
 def test_a_file_in_which_nothing_is_said(tmp_path, name, text):
     assert read_sentences(write(tmp_path / name, text)) == []
+
+
+def test_endless_brackets_take_no_endless_time(tmp_path):
+    begin = time.process_time()
+    for name, text in {"a.srt": SRT + "[" * 200_000, "b.srt": SRT + "(" * 200_000, "c.vtt": VTT + "<" * 200_000,
+                       "d.ass": ASS + "Dialogue: 0,0:00:00.50,0:00:01.50,D,,0,0,0,," + "{\\p1" * 100_000}.items():
+        read_sentences(write(tmp_path / name, text))
+    assert time.process_time() - begin < 5
 
 
 # ---- transcripts ----
