@@ -75,7 +75,8 @@ def published_right(text: str) -> dict[str, list[str]]:
 
 def ours_right(text: str) -> dict:
     return {line["video"]: (line["captioner"], line["prompt"], [x["time"] for x in line["sentences"]],
-                            [x["text"] for x in line["sentences"]]) for line in plain_lines(text)}
+                            [x["text"] for x in line["sentences"]], line.get("source", ""))
+            for line in plain_lines(text)}
 
 
 def numbers_of(values: dict, text: str) -> dict:
