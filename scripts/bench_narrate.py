@@ -37,6 +37,7 @@ from narvid.narration.chat import Chat, data_url
 from narvid.narration.chat_server import REQUESTS, ServerCaptioner
 from narvid.narration.preparing import Preparer, prepared_ahead, read_picture
 
+PARTS = ("reading", "client", "preparing")
 ANSWER = json.dumps({"id": "chatcmpl-1", "object": "chat.completion", "created": 1764000000, "model": "m", "choices": [
     {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content":
      "A man and a woman stand in a kitchen and prepare a meal; both look at the bowl on the table."}}],
@@ -129,17 +130,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=positive, default=REQUESTS, help="under way at once")
     parser.add_argument("--captioner", metavar="NAME", help="hub name or folder of a model whose processor is measured")
     parser.add_argument("--batch_size", type=positive, default=FRAMES, help="pictures prepared together")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="of the three, these")
     args = parser.parse_args(argv)
-    import torch
-
-    torch.set_num_threads(1)
     every = [frame_path(args.frames, video, index) for video, times in load_frame_index(args.frames).items()
              for index in range(len(times))]
     paths = [every[number % len(every)] for number in range(args.pictures)]
     for path in set(paths):
         read_picture(path)
-    bench_reading(paths)
-    bench_client(paths, args.requests)
+    if "reading" in args.only:
+        bench_reading(paths)
+    if "client" in args.only:
+        bench_client(paths, args.requests)
+    if "preparing" not in args.only:
+        return
+    import torch
+
+    torch.set_num_threads(1)
     found = {args.captioner: LocalCaptioner(args.captioner).prepare} if args.captioner else processors()
     for name, preparer in found.items():
         bench_preparing(name, preparer, paths[:max(args.batch_size * 2, len(paths) // 4)], args.batch_size)

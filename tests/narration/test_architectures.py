@@ -153,6 +153,16 @@ def test_its_pictures_are_prepared_by_workers(folder, tmp_path):
     assert said[0] == said[1] and said[0].keys() == {"a", "b"}
 
 
+def test_what_preparing_costs_is_measured_for_both_families(tmp_path, capsys):
+    from scripts import bench_narrate
+
+    frames = make_frames(tmp_path / "frames", {"a": 4})
+    bench_narrate.main(["--frames", str(frames), "--pictures", "16", "--batch_size", "4", "--only", "preparing"])
+    printed = capsys.readouterr().out
+    assert printed.count("preparing, LLaVA 1.5") == printed.count("preparing, Qwen2-VL") >= 2
+    assert printed.count("1 workers, batches of 4") == 2 and "client" not in printed
+
+
 def test_florence_knows_its_own_prompts_alone(tmp_path):
     processor, make = florence2()
     processor.save_pretrained(tmp_path)
