@@ -20,12 +20,13 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from narvid import InputError
+from narvid.data.frames import FORMATS
 from narvid.search.answers import Answer
 from narvid.search.asked import MAX_QUERY, body_of, filters, number_of, parameters, whole_number
 from narvid.search.engine import Abandoned, Engine
@@ -213,8 +214,9 @@ def examples(store: Store) -> list[str]:
 
 
 def _small(data: bytes) -> bytes:
-    with Image.open(BytesIO(data)) as picture:
+    with Image.open(BytesIO(data), formats=FORMATS) as picture:  # the search has opened it before, through the one door
         file = BytesIO()
+        picture = ImageOps.exif_transpose(picture)
         picture.thumbnail((160, 160))
         picture.convert("RGB").save(file, "WEBP", quality=60)
     return file.getvalue()
