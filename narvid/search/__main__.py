@@ -26,6 +26,7 @@ from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, command, count, number, positive, positive_float
+from narvid.search.answers import clock, printable
 from narvid.search.serving import Served
 from narvid.search.store import Store
 
@@ -280,9 +281,6 @@ def shortened(path: str) -> str:
 
 def table(asked: str, answers: Answers) -> Iterator[str]:
     """The answers as lines of a table; below each what the filter kept, with its weight."""
-    from narvid.search.answers import clock
-    from narvid.search.build import printable
-
     rows = [(shortened(printable(a.path)), f"{clock(a.start)}-{clock(a.end)}", a) for a in answers]
     wide = max([len(path) for path, _, _ in rows] + [4])
     poor = ": nothing here fits well; these come nearest" if answers.fits is False else ""
@@ -292,7 +290,7 @@ def table(asked: str, answers: Answers) -> Iterator[str]:
     for path, time, a in rows:
         s_narration = "" if a.s_narration is None else f"{a.s_narration:.3f}"
         yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {s_narration:>6}  {a.score:>6.2f}"
-        more = f", {a.more} more moments" if a.more else ""
+        more = f", {a.more} more moment{'s' if a.more > 1 else ''}" if a.more else ""
         yield f"{'':7}{printable(a.words)}{more}"
         kept = [f"{clock(f.time)} {f.frame_weight:.0%}" for f in a.frames if f.frame_weight > 0]
         yield f"{'':7}frames {', '.join(kept)}"

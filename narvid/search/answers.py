@@ -1,16 +1,18 @@
 """An answer, and what is said of it: where it is, in words, and why it stands where it stands.
 
 Here: texts and the grouping of windows by file. Not here: scores (engine.py), how a page or a table shows them.
+This file must not import torch: a query that a running server answers does without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from narvid import fusion
-from narvid.search.embedding import ViewStatistics
 from narvid.search.store import Window
+
+if TYPE_CHECKING:
+    from narvid.search.embedding import ViewStatistics
 
 MOMENTS = 12  # further ones of a file that are listed; all are counted
 NEAR = 0.5  # a further moment stands at least this share as far above the middle of all scores as the best answer
@@ -69,6 +71,11 @@ class Answers(list):
     height: float | None = None
 
 
+def printable(text: str) -> str:
+    """A file name may hold line breaks, terminal codes and bytes that are no text: these are written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss, the fraction cut off."""
     whole = int(seconds + 1e-6)
@@ -115,6 +122,8 @@ def in_words(frames: Sequence[Seen], end: float) -> str:
 def reasons(s_video: float, s_narration: float | None, frames: Sequence[Seen],
             statistics: ViewStatistics | None) -> str:
     """Why a window stands where it stands, in a sentence; without statistics by the cosines alone."""
+    from narvid.fusion import spreads  # torch is there by now
+
     values = [("frames", s_video, 0), ("sentences", s_narration, 1)]
     values = [(name, s, i) for name, s, i in values if s is not None]
     if statistics is None:
@@ -123,7 +132,7 @@ def reasons(s_video: float, s_narration: float | None, frames: Sequence[Seen],
         parts = []
         for name, s, i in values:
             mean, std = statistics[i] or (0.0, 0.0)
-            z = (s - mean) / std if fusion.spreads(mean, std) else 0.0
+            z = (s - mean) / std if spreads(mean, std) else 0.0
             parts.append(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}")
         parts = " and ".join(parts) + " the mean of all pairs"
     best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))

@@ -28,6 +28,7 @@ from narvid.narration.pictures import SAME_FRAME, distinct_frames
 from narvid.data.frames import read_frames
 from narvid.data.videos import SHORT_SIDE
 from narvid.progress import tqdm
+from narvid.search.answers import printable
 from narvid.search.database import NAME
 from narvid.search.reading import find_videos, join_alike, read_all
 from narvid.search.store import File, Store
@@ -256,11 +257,6 @@ def index_file(store: Store, path: str, status: tuple[int, int], clip: Read, nar
     note = "; ".join(filter(None, (clip.note, note)))
     store.put_file(path, *status, clip.seconds, note, frames, windows, features, pooled,
                    narration=narrator.version(path), content=clip.content, recorded=clip.recorded)
-
-
-def printable(text: str) -> str:
-    """A file name may hold line breaks, terminal codes and bytes that are no text: these are written out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def encode(

@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -535,6 +537,17 @@ def test_a_server_for_others_makes_up_a_password(site, monkeypatch, capsys):
     server.serve(site.store, site.engine, port=0)
     assert made[2][1]["password"] is None and made[2][1]["local"] and capsys.readouterr().out.startswith("http://127")
     assert not (Path(site.store.path) / "serving.json").exists()
+
+
+def test_a_query_to_a_running_server_needs_no_torch(site):
+    index = Path(site.store.path)
+    code = ("import sys; from narvid.search.__main__ import main; main(sys.argv[1:]); "
+            "sys.exit('torch was imported' if 'torch' in sys.modules else 0)")
+    with announced(index, f"http://127.0.0.1:{site.port}/", "key"):
+        done = subprocess.run([sys.executable, "-c", code, "query", str(index), "a red field", "--top", "2"], text=True,
+                              capture_output=True, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "plain.mp4" in done.stdout and "0:02 to 0:06: it stays red, 1 more moment\n" in done.stdout
 
 
 def test_a_query_is_answered_by_the_running_server(site, tmp_path):
