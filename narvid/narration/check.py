@@ -25,7 +25,7 @@ from narvid.flags import Parser, positive
 from narvid.narration.answers import is_refusal
 from narvid.narration.lengths import readings
 from narvid.data.frames import load_frame_index, pick_frames
-from narvid.data.narrations import Narration, date_published, join, parse_lines, write_narrations
+from narvid.data.narrations import SPEECH, Narration, date_published, join, parse_lines, write_narrations
 from narvid.data.published_narrations import ALIGNMENT, parse_published, read_form
 from narvid.progress import tqdm
 
@@ -109,6 +109,9 @@ def validate(
             problems[kind][video] = f"{blank} of {len(sentences)} frames"
     problems["refused"], refused = _refusals(narrations)
     problems["empty"] |= {video: what for video, what in problems["refused"].items() if what.startswith("all ")}
+    if narrations and all(narration.source == SPEECH for narration in narrations.values()):
+        problems["holes"] |= problems["missing"] | problems["empty"]  # of what is said, silence is no fault
+        problems["missing"], problems["empty"] = {}, {}
     mean_words, repeated_share = _language(narrations)
     problems["truncated"], cut_share, lost_share = _truncated(narrations, max_words)
     said = {video: said for video, narration in narrations.items() if (said := _said(narration))}

@@ -21,7 +21,7 @@ from test_narrate import make_frames, sentences
 
 from narvid import InputError
 from narvid.data import loader
-from narvid.narration import captioners
+from narvid.narration import captioners, preparing
 from narvid.narration import __main__ as narration
 from narvid.narration.answers import Cut, Failed
 from narvid.narration.captioners import LocalCaptioner
@@ -186,6 +186,13 @@ def test_workers_change_no_sentence_and_batches_hold_pictures_of_like_size(llava
     next(frames.glob("c/00001.jpg")).write_bytes(b"\xff\xd8 torn \xff\xd9")
     message = error(frames, tmp_path / "n.jsonl", "--captioner", llava, "--workers", 1, "--same_frame", 0)
     assert "c/00001.jpg cannot be decoded" in message
+
+
+def test_as_many_workers_as_cores_are_left(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    assert preparing.free_workers(on_gpu=False) == 0
+    assert [preparing.free_workers(on_gpu=True) for size in (1, 2, 4, 12)
+            if not monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))] == [8, 5, 2, 1]
 
 
 def test_llava_without_a_template_gets_the_prompt_of_its_model_card(llava, pictures, tmp_path):

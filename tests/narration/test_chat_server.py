@@ -2,10 +2,16 @@
 reasoning, apologies, cut, empty and broken answers, stalls; asked again, resumed, sharded and merged."""
 
 import base64
+import contextlib
 import json
 import re
+import shutil
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -500,6 +506,62 @@ def test_through_a_proxy_that_wants_a_password(server, monkeypatch):
     with pytest.raises(InputError, match="only http:// proxies") as refused:
         ServerCaptioner("http://captions.example/v1", "m")
     assert "secret" not in str(refused.value)
+
+
+def forward(one, other):
+    """Bytes of a connection to another until it ends."""
+    with contextlib.suppress(OSError):
+        while part := one.recv(65536):
+            other.sendall(part)
+        other.shutdown(socket.SHUT_WR)
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """A proxy for CONNECT alone; `asked`: what stood in the requests."""
+
+    asked = []
+
+    def handle(self):
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += self.request.recv(4096)
+        self.asked.append(head.decode())
+        host, port = head.split()[1].decode().rsplit(":", 1)
+        with socket.create_connection((host, int(port))) as server:
+            self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=forward, args=(server, self.request), daemon=True)
+            back.start()
+            forward(self.request, server)
+            back.join(5)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+def test_over_tls_with_the_system_s_certificates_and_through_a_proxy(server, tmp_path, monkeypatch):
+    monkeypatch.undo()  # `alone` loads no certificates
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", key, "-out", certificate, "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    url, picture = server.url.replace("http:", "https:"), made_pictures()[0]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    [answer] = ServerCaptioner(url, "m", retries=0).caption([picture])
+    assert "certificate" in answer.why.lower()  # nobody vouches for it
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert ServerCaptioner(url, "m").caption([picture] * 2) == [sentence_of(picture)] * 2
+    monkeypatch.setenv("no_proxy", "")
+    Tunnel.asked.clear()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"me:secret@127.0.0.1:{proxy.server_address[1]}")
+        assert ServerCaptioner(url, "m", timeout=5).caption([picture]) == [sentence_of(picture)]
+        proxy.shutdown()
+    [head] = Tunnel.asked
+    assert head.startswith(f"CONNECT {url.removeprefix('https://')} ")
+    assert f"Basic {base64.b64encode(b'me:secret').decode()}" in head and "Bearer" not in head
 
 
 def test_an_address_that_has_moved_is_said(server):
