@@ -22,6 +22,7 @@ import urllib.request
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,7 +33,7 @@ from narvid import InputError
 from narvid.files import write_text, writing
 from narvid.flags import Parser, command
 
-QUERY = "a red star grows, and later a blue square flashes"
+QUERY = "a scarlet triangle growing at the bottom, followed by a red square flashing on the left"
 COLOURS = 96  # of a PNG: a page has few, and a small file is fetched sooner
 
 # ------------------------------------------------------------------------------------------------------- the method
@@ -168,16 +169,18 @@ def browser(width: int, height: int):
 
 
 def shoot_gallery(run: Path, out: Path) -> None:
-    """The gallery of a run, its first query that S_fusion finds: the answer with frames, weights and sentences."""
+    """The gallery of a run: the first answer to the first query that S_fusion finds and S_qv alone does not."""
     from narvid.report import gallery
 
     with tempfile.TemporaryDirectory() as folder:
-        gallery.main(["--run", str(run), "--out", str(Path(folder, "gallery")), "--queries", "40", "--top", "2"])
+        gallery.main(["--run", str(run), "--out", str(Path(folder, "gallery")), "--queries", "100", "--top", "1"])
         with browser(1000, 900) as page:
             page.goto(Path(folder, "gallery", "index.html").as_uri())
+            page.locator("#filters button", has_text="gained").click()
             page.wait_for_selector(".answer.right .tile")
             page.add_style_tag(content="body, #sides { display: block } main { padding: 10px 14px }"
-                                       "nav, #steps, #note, .side:first-of-type { display: none }")
+                                       "nav, #steps, #note, .side:first-of-type { display: none }"
+                                       ".strip { grid-template-columns: repeat(6, 150px) } #query { max-width: none }")
             page.wait_for_timeout(500)  # its pictures
             top, answer = page.locator("#query").bounding_box(), page.locator(".answer.right").last.bounding_box()
             clip = {"x": 0, "y": top["y"] - 8, "width": 1000, "height": answer["y"] + answer["height"] - top["y"] + 18}
@@ -190,11 +193,9 @@ def shoot_search(index: Path, out: Path) -> None:
     server = subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         wait_for("http://127.0.0.1:8765/", server)
-        with browser(1000, 760) as page:
-            page.goto("http://127.0.0.1:8765/")
-            page.get_by_role("searchbox").or_(page.locator("input[type=search], input[type=text]")).first.fill(QUERY)
-            page.keyboard.press("Enter")
-            page.wait_for_selector("img, video", timeout=120_000)
+        with browser(1000, 620) as page:
+            page.goto(f"http://127.0.0.1:8765/?q={quote(QUERY)}")
+            page.wait_for_selector("#answers img", timeout=120_000)
             page.wait_for_timeout(3000)  # its pictures
             save_png(page.screenshot(), out / "search.png")
     finally:

@@ -61,7 +61,8 @@ def places(gpus: list[str], gpus_a_run: int | None, jobs: int | None) -> list[Pl
         if gpus_a_run not in (None, 1):
             raise InputError(f"--gpus_a_run {gpus_a_run}: this machine has no GPU that torch can use; leave it out")
         jobs = jobs or 1
-        return [Place(threads=max(1, (os.cpu_count() or 1) // jobs))] * jobs
+        own = os.environ.get("OMP_NUM_THREADS", "")  # who has said it knows better
+        return [Place(threads=int(own) if own.isdecimal() else max(1, (os.cpu_count() or 1) // jobs))] * jobs
     size = gpus_a_run or len(gpus)
     if size > len(gpus):
         raise InputError(f"--gpus_a_run {size}: this machine has {len(gpus)}; say {len(gpus)} or less, or all")

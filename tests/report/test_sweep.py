@@ -143,6 +143,9 @@ def test_gpus_are_shared_out(monkeypatch):
     assert launching.places(gpus, None, None) == [Place(tuple(gpus))]
     assert launching.places(["0", "1"], 1, 3) == [Place(("0",)), Place(("1",)), Place(("0",))]
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launching.places([], 1, 4) == [Place(threads=3)] * 4  # as the user has it
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert launching.places([], 1, None) == [Place(threads=8)] and launching.places([], 1, 3) == [Place(threads=2)] * 3
     with pytest.raises(InputError, match="this machine has 2"):
         launching.places(["0", "1"], 3, None)
