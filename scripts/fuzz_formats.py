@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from narvid import InputError, towers
 from narvid.data import datasets, extraction, frames, narrations, published_narrations
-from narvid.narration import journals
+from narvid.narration import batches, journals, subtitles
 from narvid.report import runs
 from narvid.run import settings
 from narvid.search.__main__ import read_queries
@@ -36,6 +36,18 @@ class Format(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------- the formats
+
+CUE = "00:00:01.000 --> 00:00:02.000"
+REQUEST_SET = {"set": "s", "frames": "f", "captioner": "c", "model": "m", "prompt": "", "without": ["seed"],
+               "requests": 2, "max_new_tokens": 77, "temperature": None, "seed": 0, "one_sentence": False}
+JOB = {"id": "s-1", "video": "v1", "time": 0.0, "shared": [1.0], "again": 0, "file": "requests-00001.jsonl"}
+
+
+def read_subtitles(path: Path) -> bool:
+    """Sentences in time order, each with a word in one line; what else they hold is tests/narration's to say."""
+    said = subtitles.read_sentences(path)
+    return said == sorted(said, key=lambda one: one.start) and all(
+        0 <= one.start <= one.end and one.text and "\n" not in one.text for one in said)
 
 
 def in_lines(*entries: object) -> bytes:
@@ -227,6 +239,20 @@ FORMATS = {
     "small videos": Format(
         "videos.jsonl", in_lines(*({"video": name, "frames": 3, "bytes": 4, **SMALL_VIDEOS} for name in "ab")),
         read_small_videos, lambda text: True, {"a.mp4": b"1234", "b.mp4": b"1234"},
+    ),
+    "SubRip": Format("v.srt", f"1\n{CUE}\n<i>a</i> cat\n\n2\n{CUE}\nno {{\\an8}}dog\n".encode(),
+                     read_subtitles, lambda text: True),
+    "WebVTT": Format("v.vtt", f"WEBVTT\n\nNOTE x\n\n{CUE}\na<00:00:01.5><c> cat</c>\n\n{CUE}\nb\n".encode(),
+                     read_subtitles, lambda text: True),
+    "ASS": Format("v.ass", b"[Events]\nFormat: Start, End, Text\nDialogue: 0:00:01.00,0:00:02.00,{\\i1}a\\Ncat\n",
+                  read_subtitles, lambda text: True),
+    "transcript": Format("v.json", as_json({"segments": [{"start": 0.5, "end": 1, "text": "a"}, {"start": 2, "end": 3.5,
+                                            "text": "b"}]}), read_subtitles, lambda text: True),
+    "request set": Format("set.json", as_json(REQUEST_SET), lambda path: batches.read_set(path.parent), json.loads),
+    "requests' frames": Format(
+        "jobs.jsonl", in_lines(JOB, JOB | {"id": "s-2", "shared": []}),
+        lambda path: batches.read_jobs(path.parent, {"requests": 2}),
+        lambda text: {line["id"]: line for line in plain_lines(text)},
     ),
     "narrations": Format(
         "n.jsonl", in_lines(LINES, LINES | {"video": "v2"}),
