@@ -20,10 +20,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from tempfile import mkstemp
 from urllib.parse import urlencode
 
+import av
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -113,8 +116,7 @@ class Watching:
         played = await self._how(file, path, found)
         encode = partial(preview.encoded, path, start, end, counted=played.counted, short_side=None, crf=18)
         ways = [encode] if played.counted else [partial(_copied_if_held, path, start, end), encode]
-        place = self.folder.path / f"{time.time_ns()}.tmp.mp4"
-        place.parent.mkdir(exist_ok=True)
+        place = self._new_file()
         try:
             await self._written(request, ways, place)
         except BaseException as error:
@@ -126,6 +128,13 @@ class Watching:
         return FileResponse(place, media_type="video/mp4", filename=name,
                             background=BackgroundTask(partial(place.unlink, missing_ok=True)))
 
+    def _new_file(self) -> Path:
+        """An empty file for a stretch: in the index, else, where that may not be written, where temporary ones are."""
+        with suppress(OSError):
+            self.folder.path.mkdir(exist_ok=True)
+            return Path(_temporary(self.folder.path))
+        return Path(_temporary(None))
+
     async def _written(self, request: Request, ways: list[Callable], place: Path) -> None:
         """Written to a file in slices, so that one who leaves ends it."""
         for way in ways:
@@ -135,7 +144,7 @@ class Watching:
                     if await request.is_disconnected():
                         raise HTTPException(499, "nobody waits for it any more")
                 return
-            except (ValueError, OSError) as error:  # PyAV's are of these; the next way
+            except (av.FFmpegError, ValueError, OSError) as error:  # the next way
                 if way is ways[-1]:
                     raise error if isinstance(error, InputError) else InputError(str(error)) from error
             finally:
@@ -231,6 +240,12 @@ class Watching:
         if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
             raise HTTPException(409, f"{file.path} has changed since it was indexed; run the index command again")
         return file, path, found
+
+
+def _temporary(folder: Path | None) -> str:
+    number, name = mkstemp(".tmp.mp4", dir=folder)
+    os.close(number)
+    return name
 
 
 def _copied_if_held(path: Path, start: float, end: float, sink: str):

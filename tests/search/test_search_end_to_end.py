@@ -14,6 +14,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime, timedelta
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +23,8 @@ import pytest
 import torch
 
 from narvid.data.narrations import load_narrations
-from narvid.search.__main__ import main
+from narvid.search.__main__ import main, table
+from narvid.search.answers import Answer, Answers, Seen
 from scripts import make_demo_corpus
 
 pytest.importorskip("uvicorn")
@@ -147,6 +149,24 @@ def test_a_table_is_read_by_people_and_a_file_holds_many_queries(index, demo, ca
     assert like["answers"][0]["path"] == "video1.mp4" and like["answers"][0]["start"] == 0
 
 
+def test_a_table_is_no_wider_than_a_name_may_be(index, capsys):
+    found = Answers([Answer(1, 1, 1, "a/" + 300 * "long" + "/end.mp4", 0.0, 6.0, 2.0, 0.5, None,
+                            [Seen(0, 0.0, None, 1.0, 0.0)], "why", "0:00 to 0:06", 0, [])])
+    lines = list(table("a query", found))
+    assert max(map(len, lines)) < 120 and "a/longlong" in lines[2] and "/end.mp4" in lines[2] and " .. " in lines[2]
+    found.fits = False
+    assert next(table("x", found)) == "x: nothing here fits well; these come nearest"
+    assert list(table("x", Answers())) == ["x: no answer"]
+
+
+def test_days_and_moments(index, capsys):
+    tomorrow = (datetime.now() + timedelta(days=1)).strftime("%Y-%m-%d")
+    [late], [early] = ask(capsys, index, QUERY, "--since", tomorrow), ask(capsys, index, QUERY, "--until", tomorrow)
+    assert late["answers"] == [] and len(early["answers"]) == 5
+    [moments] = ask(capsys, index, QUERY, "--moments", "--top", "50")
+    assert len(moments["answers"]) >= len(early["answers"]) and early["answers"][0]["words"]
+
+
 def test_again_only_what_is_new(index, demo, run, capsys):
     again = ["index", str(demo / "videos"), "--out", str(index), "--checkpoint", str(run), "--narrations",
              str(demo / "narrations.jsonl"), "--window", "6"]
@@ -170,7 +190,11 @@ def test_mistakes_are_one_sentence(index, demo, run, tmp_path):
         ("query", index, "x", "--top", "0"): "--top",
         ("query", index, "x", "--folder", "mroe"): "--folder mroe: no indexed video lies there",
         ("query", index, "x", "--min_seconds", "9", "--max_seconds", "1"): "--min_seconds 9 is more than",
+        ("query", index, "x", "--since", "yesterday"): "'yesterday' is no date of the form 2024-12-31",
         ("serve", tmp_path / "none"): "is no index",
+        ("serve", index, "--open"): "--open is for a --host that others reach",
+        ("serve", index, "--host", "0.0.0.0", "--open", "--password", "x"): "exclude each other",
+        ("serve", index, "--password", ""): "--password is empty",
         ("index", demo, "--out", tmp_path / "i", "--server", "http://localhost"): "--server and --model go together",
         ("index", demo, "--out", tmp_path / "i", "--prompt", "A"): "--prompt is the captioner's",
         ("index", demo, "--out", tmp_path / "i", "--captioner", "a", "--narrations", "b"): "exclude each other",

@@ -311,6 +311,7 @@ def test_the_start_shows_what_was_searched_and_what_is_there(opened, served):
     page.locator("#wall .card").first.wait_for()
     assert page.locator("#wall .card").count() == 4 and page.locator("#title").inner_text() == "4 videos, 32 seconds"
     assert "a red field" in page.locator("#examples").inner_text()
+    assert page.locator("#history option").first.get_attribute("value") == "one query"
     page.locator("#recent button", has_text="one query").click()
     assert cards(page).count() == 4 and "q=one+query" in page.url
 

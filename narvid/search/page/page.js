@@ -161,8 +161,13 @@ function choose(select, value) {
   select.value = value;
 }
 
+function showHistory() { // offered while one writes
+  byId("history").replaceChildren(...kept.read("narvid_queries").map((q) => new Option(q, q)));
+}
+
 function noteQuery(query) {
-  kept.write("narvid_queries", [query, ...kept.read("narvid_queries").filter((q) => q !== query)].slice(0, 30));
+  kept.write("narvid_queries", [query, ...kept.read("narvid_queries").filter((q) => q !== query)].slice(0, 100));
+  showHistory();
 }
 
 // ---- what stands on the page ----
@@ -207,7 +212,11 @@ function chips(id, queries, forgettable) {
   byId(id).hidden = !queries.length;
   list.replaceChildren(...queries.map((q) => make("li", "", null, makeButton(q, () => go({ q })))));
   if (forgettable) {
-    list.append(make("li", "", null, makeButton("Forget these", () => { kept.write("narvid_queries", []); showStart(); },
+    list.append(make("li", "", null, makeButton("Forget these", () => {
+      kept.write("narvid_queries", []);
+      showHistory();
+      showStart();
+    },
       "plain")));
   }
 }
@@ -468,6 +477,7 @@ document.addEventListener("paste", (event) => {
 addEventListener("popstate", () => { remember(); closeAnswer(); show(); });
 history.scrollRestoration = "manual";
 showChosen();
+showHistory();
 fetched("/api/about", {}).then((answer) => {
   index = answer;
   showAbout();
