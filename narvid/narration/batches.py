@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +42,9 @@ AGAIN = "write the requests again, into another folder"
 
 
 class Line(NamedTuple):
-    """One request: its name, what of its JSON stands before and behind the picture's address, and how long it is."""
+    """One request: its name, whose picture it is about, and how many bytes it has."""
 
     name: str
-    before: bytes
-    after: bytes
     job: Job | None  # None: a made picture
     picture: int  # of made_pictures
     size: int
@@ -138,7 +137,7 @@ def write_set(args: argparse.Namespace, chat: Chat, maker: tuple[str, str], jobs
             if not (args.out / file).exists():
                 with writing(args.out / file, binary=True) as out:
                     for line in of_file:
-                        out.write(b"".join((line.before, _address(line, args), line.after)))
+                        out.write(_text(line, chat, _address(line, args)))
                         bar.update()
             else:
                 bar.update(len(of_file))
@@ -156,14 +155,16 @@ def _name_of(args: argparse.Namespace, maker: tuple[str, str], jobs: Sequence[Jo
 
 def _lines(args: argparse.Namespace, chat: Chat, name: str, jobs: Sequence[Job]) -> Iterator[Line]:
     """The requests of a set, the two about made pictures first."""
-    mark = b"\x00"  # where the picture's address comes; JSON holds no such byte
-    of_check = [(f"{name}-{check}", None, number, None) for number, check in enumerate(CHECKS)]
-    of_jobs = [(f"{name}-{number:08d}", job, 0, job.key) for number, job in enumerate(jobs)]
-    for request, job, picture, key in (*of_check, *of_jobs):
-        envelope = json.dumps({"custom_id": request, "method": "POST", "url": URL}).encode()
-        before, after = (envelope[:-1] + b', "body": ' + chat.body(mark, key) + b"}\n").split(mark)
-        line = Line(request, before, after, job, picture, 0)
-        yield line._replace(size=len(before) + len(after) + _address_length(line, args))
+    of_check = [Line(f"{name}-{check}", None, number, 0) for number, check in enumerate(CHECKS)]
+    of_jobs = (Line(f"{name}-{number:08d}", job, 0, 0) for number, job in enumerate(jobs))
+    for line in chain(of_check, of_jobs):
+        yield line._replace(size=len(_text(line, chat, b"")) + _address_length(line, args))
+
+
+def _text(line: Line, chat: Chat, address: bytes) -> bytes:
+    """A request as its line in a file; pictures that nobody asks about in a run are asked without a key, as there."""
+    envelope = json.dumps({"custom_id": line.name, "method": "POST", "url": URL}).encode()
+    return envelope[:-1] + b', "body": ' + chat.body(address, line.job and line.job.key) + b"}\n"
 
 
 def _address(line: Line, args: argparse.Namespace) -> bytes:
