@@ -1,6 +1,6 @@
 """The page and its JSON, served: which address answers what, and a server that runs until Ctrl-C (Starlette, uvicorn).
 
-  GET  /, /page.css, /page.js, /parts.js     the page; no address but this server's is ever asked for anything
+  GET  /, /page.css, /page.js, ...           the page; no address but this server's is ever asked for anything
   GET  /api, /openapi.json                   what a program can ask, for people and for programs
   GET  /api/about, /api/wall                 what is indexed; windows for the start page
   GET  /api/search, /api/like                answers to a sentence, to a window
@@ -43,8 +43,8 @@ except ImportError as error:
     raise InputError(f'{error.name} is not installed, the page needs it: pip install "narvid[search]"') from error
 
 PAGE = Path(__file__).with_name("page")
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/parts.js": "parts.js", "/api": "api.html",
-         "/api.js": "api.js", "/openapi.json": "openapi.json"}
+FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/parts.js": "parts.js",
+         "/opened.js": "opened.js", "/api": "api.html", "/api.js": "api.js", "/openapi.json": "openapi.json"}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".json": "application/json"}
 HEADER_SECONDS = 10.0  # that the head of a request may take to arrive
 
