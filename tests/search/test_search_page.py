@@ -7,6 +7,8 @@ One headless browser for the whole file; the server and its index are those of t
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -386,6 +388,17 @@ def test_the_page_for_programs_shows_every_address(opened):
     page.locator("#paths h2").first.wait_for()
     shown = page.locator("#paths h2").all_inner_texts()
     assert "GET /api/search" in shown and "POST /api/picture" in shown and len(shown) == 14
+
+
+def test_the_time_from_a_click_to_a_picture_is_measured(served):
+    """In a process of its own: this one's Playwright is in use."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench_play.py"
+    done = subprocess.run([sys.executable, script, "--address", served[1], "--query", "x", "--top", "2"], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [(line[0], line[3]) for line in lines] == [("plain.mp4", "file"), ("old.avi", "preview")]
+    assert all(0 < float(line[1]) < 15 for line in lines)
 
 
 def test_a_password_is_asked_for(tab, served):
