@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import av
 
-from narvid import InputError
+from narvid import InputError, files
 from narvid.data.decoding import announced_seconds, open_video
 from narvid.search import preview
 from narvid.search.store import File
@@ -152,9 +152,9 @@ class _Keeping:
 
     def done(self) -> None:
         if self.file is not None:
-            with suppress(OSError):
+            with suppress(OSError, InputError):  # a disk that does not take it: the clip is made again
                 self.file.close()
-                os.replace(self.file.name, self.path)
+                files.replace(self.file.name, self.path)
                 self.file = None
 
     def _drop(self) -> None:
