@@ -1,14 +1,16 @@
 """python -m narvid.narration COMMAND: narrate a folder of frames, check a narration file, convert a published one;
-requests and answers: the same as `narrate` through the batch files of an engine; import: what is said in videos."""
+requests and answers: the same as `narrate` through the batch files of an engine; import: what is said in videos; judge:
+how well sentences fit their frames."""
 
 import sys
 
 from narvid import InputError
 from narvid.flags import command
-from narvid.narration import batch_answers, batches, check, convert, narrate, speech
+from narvid.narration import batch_answers, batches, check, convert, judge, narrate, speech
 
 COMMANDS = {"narrate": narrate.main, "requests": batches.requests, "answers": batch_answers.answers,
-            "check": check.main, "convert": convert.main, "import": speech.main}
+            "check": check.main, "convert": convert.main, "import": speech.main,
+            "judge": judge.main}
 
 
 def main(argv: list[str] | None = None) -> None:
