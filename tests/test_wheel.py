@@ -20,7 +20,8 @@ from narvid.search.store import Store
 pytest.importorskip("pip")  # a uv environment has none
 
 ROOT = Path(__file__).resolve().parent.parent
-UNTRIED = ("tensorboard", "faster-whisper", "mteb")  # extras that requirements.txt leaves out; their tests skip without them
+# Extras that requirements.txt leaves out; their tests skip without them.
+UNTRIED = ("tensorboard", "faster-whisper", "mteb")
 
 
 def test_setup_cfg_has_the_ranges_of_requirements_txt():
