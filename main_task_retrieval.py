@@ -25,7 +25,7 @@ from narvid import InputError, distributed
 from narvid.data.datasets import FrameDataset, Split, collate, read_queries
 from narvid.data.loader import PairSampler, make_loader
 from narvid.flags import command
-from narvid.evaluation import (encode_videos, frames_kept, score_queries, selection_score, show, show_kept,
+from narvid.evaluation import (choose_weight, frames_kept, score_queries, score_split, selection_score, show, show_kept,
                                table_of_matrices, with_dsl, with_qb_norm)
 from narvid.metrics import text_to_video_ranks
 from narvid.profiling import Interval, Profile, all_reduce, stage
@@ -35,7 +35,7 @@ from narvid.run.build import build_model, encoding_of, load_data, with_cached_fe
 from narvid.run.endings import Signals, Stopped, in_one_sentence
 from narvid.run.gradient_cache import backward_in_parts
 from narvid.run.run_dir import RunDir
-from narvid.run.settings import autocast, parse_args
+from narvid.run.settings import ON_VAL, autocast, parse_args
 
 # --------------------------------------------------------------------------------------------------------- training
 
@@ -122,13 +122,19 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
     model = trained if args.eval_precision == "train" else optim.in_fp32(trained)
     split = splits[name]
     encoding = encoding_of(model, args, world)
-    with distributed.together(world):  # a frame that is broken inside is found by one rank
-        videos = encode_videos(model, split, encoding, world)
-    scores = score_queries(model, split.queries, videos, encoding, world)
+    videos, scores = score_split(model, split, encoding, world)
     result = {"split": name, "select_on": args.select_on, "queries": len(split.queries), "videos": len(split.videos),
               "videos_without_narration": len(split.skipped), "videos_missing": split.missing,
               "eval_precision": args.eval_precision}
-    truth = (split.video_of_query, partial(model.combine, weight=args.fusion_weight))
+    weight = args.fusion_weight
+    if weight == ON_VAL:
+        of_val = scores if name == "val" else score_split(model, splits["val"], encoding, world)[1]
+        weight = distributed.from_first(
+            lambda: choose_weight(of_val, splits["val"].video_of_query, model.combine), world)
+        result |= {"fusion_weight": weight, "fusion_weight_on": "val"}
+    elif weight != 0.5:  # not Eq. 11's
+        result |= {"fusion_weight": weight}
+    truth = (split.video_of_query, partial(model.combine, weight=weight))
     result["metrics"] = distributed.from_first(lambda: table_of_matrices(scores, *truth, ndcg=args.ndcg), world)
     if final and world.rank == 0:
         ranks = {name: text_to_video_ranks(s.numpy(), split.video_of_query) for name, s in truth[1](scores)}
@@ -252,12 +258,13 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
     """From `progress` to the last epoch; best.pt and last.pt are written. A signal ends it with Stopped."""
     model, saved_at = parts.model, [time.monotonic()]
 
-    def write(name: str) -> None:
+    def write(name: str, result: dict | None = None) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite after step {progress['global_step']}; the last good "
                              "checkpoint is kept, lower the learning rates")
         # What a checkpoint says of its choice: only best.pt was chosen.
         stored = vars(args) | ({"select_on": "last"} if name == "last.pt" else {})
+        stored |= {"fusion_weight": result["fusion_weight"]} if result and "fusion_weight" in result else {}
         state = {"model": model.state_dict(), "clip_config": asdict(model.clip.config), "args": stored,
                  "identity": identity, **progress}
         if name == "last.pt":
@@ -265,9 +272,9 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
         run.save(name, state)
         saved_at[0] = time.monotonic()
 
-    def save(name: str) -> None:
+    def save(name: str, result: dict | None = None) -> None:
         with distributed.together(world):
-            write(name)
+            write(name, result)
 
     def heed(error: Exception | None = None) -> None:
         """Between two steps: all ranks end if one has failed or got a signal; rank 0's clock saves for all."""
@@ -295,7 +302,7 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
             progress["to_select"] = False
             if selection_score(result) > progress["best"]:
                 progress["best"] = selection_score(result)
-                save("best.pt")
+                save("best.pt", result)
             run.write_results(progress["results"])
         progress["to_select"] = False
         save("last.pt")
@@ -309,7 +316,9 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
             end.saved = f"last.pt holds epoch {progress['epoch'] + 1}, step {progress['step']}"
         raise
     if args.select_on == "last":
-        save("best.pt")
+        with signals.at_once():  # best.pt holds the weight that is chosen on val
+            result = evaluate(model, splits, "val", args, world, run) if args.fusion_weight == ON_VAL else None
+        save("best.pt", result)
 
 
 def begin(args: argparse.Namespace, world: distributed.World, run: RunDir) -> tuple[dict | None, dict | None]:

@@ -19,9 +19,12 @@ from narvid import fusion
 from narvid.data.datasets import FrameDataset, Split, collate
 from narvid.data.frames import Picture
 from narvid.data.loader import make_loader
-from narvid.distributed import World, agree, collect, join_columns, share, total
-from narvid.metrics import NAMES, NDCG, retrieval_metrics
+from narvid.distributed import World, agree, collect, join_columns, share, together, total
+from narvid.metrics import NAMES, NDCG, retrieval_metrics, text_to_video_ranks
 from narvid.progress import tqdm
+
+
+WEIGHTS = [i / 20 for i in range(21)]  # of S_qv in S_fusion, where one is chosen
 
 
 class Encoding(NamedTuple):
@@ -80,6 +83,13 @@ def score_queries(model, queries: list[str], videos: NamedTuple, encoding: Encod
                                  "evaluate an earlier checkpoint")
     agree(error, world)
     return join_columns(scores, world)
+
+
+def score_split(model, split: Split, encoding: Encoding, world: World) -> tuple[NamedTuple, dict[str, Tensor]]:
+    """This rank's videos, and rank 0's {view: (B, V)}."""
+    with together(world):  # a frame that is broken inside is found by one rank
+        videos = encode_videos(model, split, encoding, world)
+    return videos, score_queries(model, split.queries, videos, encoding, world)
 
 
 def _encode_queries(model, tokens: Tensor, word_mask: Tensor, encoding: Encoding, world: World) -> NamedTuple:
@@ -153,6 +163,20 @@ def table_of_matrices(scores: dict[str, Tensor], video_of_query: np.ndarray, com
     return {name: retrieval_metrics(s.numpy(), video_of_query, ndcg=ndcg) for name, s in combine(scores)}
 
 
+def choose_weight(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable) -> float:
+    """The weight of Eq. 11 under which the last matrix finds most on these scores, of WEIGHTS.
+
+    Text-to-video R@1 decides, of equal ones R@5, then R@10, then the one nearest to 0.5. scores: of a split that is not
+    reported. combine(scores, weight=...) yields (name, matrix).
+    """
+    def worth(weight: float) -> tuple:
+        *_, (_, fused) = combine(scores, weight=weight)
+        ranks = text_to_video_ranks(fused.numpy(), video_of_query)
+        return *(int((ranks <= k).sum()) for k in (1, 5, 10)), -abs(weight - 0.5)
+
+    return max(WEIGHTS, key=worth)
+
+
 def with_dsl(scores: dict[str, Tensor], video_of_query: np.ndarray, combine: Callable, scale: float, *,
              ndcg: bool = False) -> dict[str, dict]:
     """The same table after DSL on each view: over queries for text-to-video, over videos for video-to-text."""
@@ -208,6 +232,9 @@ def show(result: dict) -> str:
         what += f"; {result['videos_without_narration']} more have no narration"
     if result["videos_missing"]:
         what += f"; {result['videos_missing']} videos of the corpus (all splits) were missing when it was prepared"
+    if "fusion_weight" in result:
+        what += f"; fusion weight {result['fusion_weight']:g}"
+        what += f", chosen on {result['fusion_weight_on']}" if "fusion_weight_on" in result else ""
     if "frames_kept" in result:
         what += "; the filter keeps a mean of " + ", ".join(
             f"{mean:.2f} ({view})" for view, mean in result["frames_kept"].items())

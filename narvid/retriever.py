@@ -35,7 +35,7 @@ from narvid.methods import METHODS
 from narvid.run.build import build_model, encoding_of
 from narvid.run.exported import from_hub, load_model
 from narvid.towers.architectures import find_model
-from narvid.run.settings import is_ours, named, parse_args
+from narvid.run.settings import ON_VAL, is_ours, named, parse_args
 
 Sentences = Sequence[tuple[float, str] | Mapping]  # (seconds, text), or {"time": seconds, "text": text}
 
@@ -86,6 +86,9 @@ class Retriever:
             flags = parse_args(argv)
         except SystemExit as error:  # a mistaken flag ends a command, a library must not
             raise InputError(str(error).removeprefix("error: ")) from error
+        if flags.fusion_weight == ON_VAL:
+            raise InputError(f"{source}: its fusion weight is still to be chosen on val; name the run's best.pt, "
+                             "which holds the number")
         if "titles" in METHODS[flags.method].reads(flags):
             raise InputError(f"{source}: {named(flags)} reads titles of whole videos, which cannot be given here; "
                              "evaluate it with main_task_retrieval.py")

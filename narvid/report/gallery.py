@@ -34,8 +34,8 @@ from narvid.metrics import text_to_video_ranks
 from narvid.methods import METHODS
 from narvid.progress import tqdm
 from narvid.run.build import build_model, encoding_of, load_data
-from narvid.run.settings import DEFAULT_METHOD, build_parser, parse_args
-from narvid.report.runs import read_config, read_ranks
+from narvid.run.settings import DEFAULT_METHOD, ON_VAL, build_parser, parse_args
+from narvid.report.runs import final_of, read_config, read_ranks, read_results
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 TILE = 112  # pixels: side of a frame on the page
@@ -73,6 +73,8 @@ def trainer_args(run: Path, data_dir: str | None, out: Path) -> argparse.Namespa
     method = config.get("method", DEFAULT_METHOD)
     if not checkpoint and METHODS[method].trained:
         raise InputError(f"{run / 'best.pt'}: is missing; name the folder of a run that has ended")
+    if config.get("fusion_weight") == ON_VAL:  # the number that was chosen
+        config = config | {"fusion_weight": (final_of(read_results(run)) or {}).get("fusion_weight", 0.5)}
     kept = {flag: value for flag, value in config.items() if value is not None and flag not in NOT_TAKEN}
     data_dir = data_dir or config["data_dir"]
     argv = ["--data_dir", data_dir, "--output_dir", str(out), "--eval_only"]

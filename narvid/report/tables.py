@@ -94,9 +94,14 @@ def _same_test(run: Run, other: Run) -> bool:
     """Whether two results are of one test set under one fusion weight."""
     if not (run.result and other.result):
         return False
-    named = [(last_name(r.config["data_dir"]), r.config.get("fusion_weight"), r.result["queries"], r.result["videos"])
+    named = [(last_name(r.config["data_dir"]), _weight(r), r.result["queries"], r.result["videos"])
              for r in (run, other)]
     return named[0] == named[1]
+
+
+def _weight(run: Run) -> float | None:
+    """Of Eq. 11: the number that was chosen on val, where it was, else the flag."""
+    return run.result.get("fusion_weight", run.config.get("fusion_weight"))
 
 
 def complete(run: Run, *, kept: bool) -> None:
@@ -275,6 +280,7 @@ def describe(run: Run) -> str:
     said = [f"seed {config.get('seed')}", f"frames {config.get('frames')}", f"narrations {config.get('narrations')}"]
     said += [f"speech {config['speech']}"] if config.get("speech") else []
     said += [f"from {config['checkpoint']}"] if config["checkpoint"] else []
+    said += [f"fusion weight {result['fusion_weight']:g} chosen on val"] if "fusion_weight_on" in result else []
     return f"{run.path}: {', '.join(said)}; {result['queries']} queries, {result['videos']} videos"
 
 

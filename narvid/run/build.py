@@ -24,7 +24,7 @@ from narvid.methods import METHODS
 from narvid.run import optim
 from narvid.run.exported import load_model
 from narvid.run.feature_cache import with_features
-from narvid.run.settings import DEFAULT_METHOD, autocast, eval_autocast, is_ours
+from narvid.run.settings import DEFAULT_METHOD, ON_VAL, autocast, eval_autocast, is_ours
 
 
 def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.Module:
@@ -137,7 +137,7 @@ def _load_data(args: argparse.Namespace, world: distributed.World, lengths: Call
     if narrations is not None and args.sentence == "both":
         speech = Speech(load_narrations(args.speech), args.speech, lengths, args.max_words)
     wanted = ["test"] if args.eval_only else ["train", "test"]
-    wanted += ["val"] if args.select_on == "val" and not args.eval_only else []
+    wanted += ["val"] if args.select_on == "val" and not args.eval_only or args.fusion_weight == ON_VAL else []
     load = partial(load_split, frames_dir=args.frames, frame_times=frame_times, narrations=narrations,
                    narrations_path=path, speech=speech, missing_narration=args.missing_narration)
     longest = {"train": None} if args.frame_sampling == "segments" else {}  # its items may draw any frame

@@ -27,6 +27,7 @@ DEFAULT_METHOD = "narvid"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = "unknown"  # what chose the epoch of weights that do not say it
 # Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
+ON_VAL = "val"  # as --fusion_weight: chosen on the val split; best.pt holds the number that was chosen
 OF_A_CHECKPOINT = ("sentence", "max_words", "max_frames", "fusion_weight", "recipe", "precision")
 
 
@@ -108,7 +109,8 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--eval_precision", choices=["fp32", "bf16", "fp16", "train"], default="fp32",
                    help="number format of evaluation; fp32: whatever the batch, the scores are the same to 1e-5; "
                         "train: that of --recipe and --precision")
-    g.add_argument("--fusion_weight", type=share, default=0.5, help="of S_qv in S_fusion; 0.5 is Eq. 11")
+    g.add_argument("--fusion_weight", type=share_or_val, default=0.5,
+                   help="of S_qv in S_fusion; 0.5 is Eq. 11; val: the best of 21 on the val split, never on test")
     g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
     g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
     g.add_argument("--ndcg", action=switch, default=False, help="also report nDCG@10, of one right candidate a query")
@@ -130,6 +132,11 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--profile", type=count, default=0, help="log where the time of n early steps goes; 0: no")
     g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
     return parser
+
+
+def share_or_val(text: str) -> float | str:
+    """A number from 0 to 1, or "val"."""
+    return text if text == ON_VAL else share(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -241,6 +248,12 @@ def _refuse(args: argparse.Namespace, parser: Parser) -> None:
                      "there; leave it out, or prepare the annotations")
     if args.select_on == "val" and not args.eval_only and not Path(args.data_dir, "val.jsonl").exists():
         parser.error(f"--select_on val: there is no {Path(args.data_dir, 'val.jsonl')}; say last (or test: it peeks)")
+    if args.fusion_weight == ON_VAL:
+        if "fusion_weight" in method.unread(args):
+            parser.error(f"--fusion_weight val: {named(args)} has nothing to weigh; leave it out")
+        if not Path(args.data_dir, "val.jsonl").exists():
+            parser.error(f"--fusion_weight val: there is no {Path(args.data_dir, 'val.jsonl')} to choose it on; say a "
+                         "number (0.5 is Eq. 11), or name the run's best.pt, which holds the one that was chosen")
     if args.micro_batch and method.score_has_parameters(args):
         parser.error(f"--micro_batch needs a score without parameters, which {named(args)} has not")
     if args.feature_cache and not args.freeze_towers:
