@@ -11,13 +11,12 @@ plain cosine of the two towers. Here: the labels. Not here: the measures (narvid
 import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from narvid import InputError
-from narvid.data.frames import load_frame_index, read_list
-from narvid.data.narrations import load_narrations, write_narrations
+from narvid.data.frames import load_frame_index
+from narvid.data.narrations import load_narrations
 from narvid.files import read_json
 from narvid.flags import Parser, command, positive, share
 from narvid.narration import judge
@@ -75,14 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     errors = errors_of(args.corpus, {name: getattr(args, f"{name}_rate")
                                      for name in ("hallucination", "colour", "shape", "repeat")})
-    held_out = read_list([args.corpus / "test.jsonl"])
-    narrations = load_narrations(args.corpus / "narrations.jsonl")
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "test_narrations.jsonl")
-        write_narrations(path, ((video, narrations[video]) for video in sorted(held_out & narrations.keys())))
-        [judged] = judge.main([str(x) for x in (
-            path, "--frames", args.corpus / "frames", "--checkpoint", args.checkpoint, "--max_frames", args.max_frames,
-            "--videos", 0, "--worst", 0)])
+    [judged] = judge.main([str(x) for x in (
+        args.corpus / "narrations.jsonl", "--only", args.corpus / "test.jsonl", "--frames", args.corpus / "frames",
+        "--checkpoint", args.checkpoint, "--max_frames", args.max_frames, "--videos", 0, "--worst", 0)])
     print("\narea under the ROC curve of \"fits badly\" against \"is wrong\", percent; chance 50")
     print("\n".join(table(judged.sentences, errors)))
 

@@ -3,11 +3,11 @@
     python scripts/make_demo_corpus.py videos  --out demo          # videos/, annotations/, truth.jsonl
     python scripts/make_demo_corpus.py narrate --out demo          # narrations.jsonl, once the frames are extracted
 
-A video is three events one after the other on one background. An event is a coloured shape doing something somewhere:
-8 colours x 6 shapes x 5 actions x 5 places. A query (grammar A) names two of the three events, in order; a narration
-(grammar B) has one sentence a frame, written by an imperfect captioner simulated from the stored truth. The grammars
-share no word for a colour, shape, action or place. Everything depends on the seed and the video's number alone, so
-neither the order nor the number of workers matters.
+A video is three events (`--events`) one after the other on one background. An event is a coloured shape doing something
+somewhere: 8 colours x 6 shapes x 5 actions x 5 places. A query (grammar A) names two of them in order, or one with
+`--mentioned 1`; a narration (grammar B) has one sentence a frame, written by an imperfect captioner simulated from the
+stored truth. The grammars share no word for a colour, shape, action or place. Everything depends on the seed and the
+video's number alone, so neither the order nor the number of workers matters.
 
 What lives here: the grammars, the drawing, the encoding, the annotation files. What must not: anything training reads
 that a real corpus does not have. `truth.jsonl` is for the simulated captioner and the tests only.
@@ -33,8 +33,8 @@ from narvid.files import lock, read_csv, read_json, read_json_lines, write_csv, 
 from narvid.flags import Parser, command, count, share
 from narvid.progress import tqdm
 
-SIDE, FPS, SECONDS = 96, 4, 8  # pixels, frames a second, seconds
-EVENTS, CAPTIONS = 3, 20  # of each video
+SIDE, FPS = 96, 4  # pixels, frames a second
+EVENTS, MENTIONED, CAPTIONS = 3, 2, 20  # of each video, of each query, of each video; the first two by default
 GENERATOR = 1  # raised when the same seed would give another corpus
 TRUTH_STREAM, PICTURE_STREAM, QUERY_STREAM, NARRATION_STREAM = range(4)  # independent random numbers of one video
 
@@ -114,42 +114,57 @@ def say(rng: np.random.Generator, templates, named: dict, grammar: int) -> str:
     return " ".join(text.split())
 
 
-def make_truth(seed: int, number: int) -> list[dict]:
-    """The three events of one video: [{"start", "end" (seconds), "colour", "shape", "action", "place"}].
+def seconds_of(events: int) -> int:
+    """How long a video of so many events is."""
+    return 2 * events + 2
 
-    At one frame a second, from 0, every event shows in at least two frames; a cut lies 1-2 frames before a second.
+
+def make_truth(seed: int, number: int, count: int = EVENTS) -> list[dict]:
+    """The events of one video: [{"start", "end" (seconds), "colour", "shape", "action", "place"}].
+
+    At one frame a second, from 0, every event shows in at least two frames, two of them or one in two more in all; a
+    cut lies 1-2 frames before a second.
     """
     rng = random_of(seed, number, TRUTH_STREAM)
-    lengths = pick(rng, [(2, 2, 4), (2, 4, 2), (4, 2, 2), (2, 3, 3), (3, 2, 3), (3, 3, 2)])  # in frames at 1 fps
+    longer = [(i, i) for i in reversed(range(count))] + [*combinations(range(count), 2)][::-1]
+    chosen = pick(rng, longer)
+    lengths = [2 + chosen.count(i) for i in range(count)]  # in frames at 1 fps
     cuts = [second - int(rng.integers(1, 3)) / FPS for second in np.cumsum(lengths)[:-1].tolist()]
-    events = [draw_event(rng) for _ in range(EVENTS)]
-    while any(events[i] == events[j] for i in range(EVENTS) for j in range(i)):
-        events = [draw_event(rng) for _ in range(EVENTS)]
-    edges = [0.0, *cuts, float(SECONDS)]
-    return [{"start": edges[i], "end": edges[i + 1], **events[i]} for i in range(EVENTS)]
+    events = [draw_event(rng) for _ in range(count)]
+    while any(events[i] == events[j] for i in range(count) for j in range(i)):
+        events = [draw_event(rng) for _ in range(count)]
+    edges = [0.0, *cuts, float(seconds_of(count))]
+    return [{"start": edges[i], "end": edges[i + 1], **events[i]} for i in range(count)]
 
 
-def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIONS) -> list[tuple[str, list[dict]]]:
-    """`count` different captions of one video, each with what it mentions: two of the events, in order.
+def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIONS,
+                 mentioned: int = MENTIONED) -> list[tuple[str, list[dict]]]:
+    """`count` different captions of one video, each with what it mentions: one of the events or two, in order.
 
     A mention names all four attributes in three cases of four, else three of them.
     """
     rng = random_of(seed, number, QUERY_STREAM)
     queries = {}
     while len(queries) < count:
-        unmentioned = rng.integers(EVENTS)
+        if mentioned == len(events) - 1:
+            unmentioned = {rng.integers(len(events))}
+        else:
+            unmentioned = {*range(len(events))} - {*rng.choice(len(events), mentioned, replace=False).tolist()}
         mentions = []
-        for event in (events[i] for i in range(EVENTS) if i != unmentioned):
+        for event in (events[i] for i in range(len(events)) if i not in unmentioned):
             left_out = pick(rng, ATTRIBUTES) if rng.random() < 0.25 else None
             mentions.append({attribute: event[attribute] for attribute in ATTRIBUTES if attribute != left_out})
-        text = pick(rng, QUERY_FRAMES).format(*(say(rng, MENTIONS, mention, QUERY) for mention in mentions))
+        frames = QUERY_FRAMES if mentioned == 2 else ("{}",)
+        text = pick(rng, frames).format(*(say(rng, MENTIONS, mention, QUERY) for mention in mentions))
         queries.setdefault(text, mentions)
     return list(queries.items())
 
 
 def fits(mentions: list[dict], events: list[dict]) -> bool:
-    """Whether a query is true of a video: its mentions agree with two events, in order."""
+    """Whether a query is true of a video: its one or two mentions agree with as many events, in order."""
     agrees = [[all(event[a] == value for a, value in mention.items()) for event in events] for mention in mentions]
+    if len(mentions) == 1:
+        return any(agrees[0])
     return any(agrees[0][i] and agrees[1][j] for j in range(len(events)) for i in range(j))
 
 
@@ -246,13 +261,13 @@ def draw_event_in(frame: np.ndarray, action: str, look: dict, phase: float, now:
 
 
 def render(seed: int, number: int, events: list[dict]) -> np.ndarray:
-    """The frames (SECONDS * FPS, SIDE, SIDE, 3) uint8 RGB of one video."""
+    """The frames (seconds * FPS, SIDE, SIDE, 3) uint8 RGB of one video."""
     rng = random_of(seed, number, PICTURE_STREAM)
     background = make_background(rng)
     looks = [make_look(rng, event, background) for event in events]
     specks = [(rng.random(2), rng.uniform(-0.05, 0.05, 2), rng.uniform(60, 190)) for _ in range(rng.integers(2, 6))]
     drift, rhythm = rng.uniform(0, 0.1), rng.uniform(0, 2 * np.pi)
-    frames = np.empty((SECONDS * FPS, SIDE, SIDE, 3), np.uint8)
+    frames = np.empty((seconds_of(len(events)) * FPS, SIDE, SIDE, 3), np.uint8)
     for index, frame in enumerate(frames):
         now = index / FPS
         frame[:] = background
@@ -277,31 +292,32 @@ def encode(frames: np.ndarray, path: Path) -> None:
         container.mux(stream.encode())
 
 
-def make_video(number: int, *, seed: int, folder: Path) -> None:
+def make_video(number: int, *, seed: int, events: int, folder: Path) -> None:
     """Write one video: the unit of work of a process."""
     cv2.setNumThreads(1)
-    encode(render(seed, number, make_truth(seed, number)), folder / f"video{number}.mp4")
+    encode(render(seed, number, make_truth(seed, number, events)), folder / f"video{number}.mp4")
 
 
 # ----------------------------------------------------------------------------------------------------- the annotation
-def write_annotations(out: Path, *, seed: int, train: int, val: int, test: int) -> list[list[dict]]:
+def write_annotations(out: Path, *, seed: int, train: int, val: int, test: int, events_of_video: int = EVENTS,
+                      mentioned: int = MENTIONED) -> list[list[dict]]:
     """Write MSRVTT_data.json, the lists of 9k and (with val) full, truth.jsonl; returns what all test captions mention.
 
     As in MSR-VTT, every video has 20 captions; the query of a test video is its first one in 9k, in full all of them.
     """
-    videos, sentences, truth, queries, mentioned = [], [], [], [], []
+    videos, sentences, truth, queries, said = [], [], [], [], []
     split_of = ["train"] * train + ["validate"] * val + ["test"] * test
     for number, split in enumerate(split_of):
         name = f"video{number}"
-        events = make_truth(seed, number)
-        captions = make_queries(seed, number, events)
-        videos.append({"category": 0, "url": "", "video_id": name, "start time": 0.0, "end time": float(SECONDS),
+        events = make_truth(seed, number, events_of_video)
+        captions = make_queries(seed, number, events, mentioned=mentioned)
+        videos.append({"category": 0, "url": "", "video_id": name, "start time": 0.0, "end time": events[-1]["end"],
                        "split": split, "id": number})
         sentences += [{"caption": text, "video_id": name} for text, _ in captions]
         truth.append({"video": name, "split": split, "events": events})
         if split == "test":
             queries.append((name, captions[0][0]))
-            mentioned += [mentions for _, mentions in captions]
+            said += [mentions for _, mentions in captions]
     for sen_id, sentence in enumerate(sentences):
         sentence["sen_id"] = sen_id
     info = {"description": "generated by scripts/make_demo_corpus.py", "version": str(GENERATOR), "seed": seed}
@@ -316,7 +332,7 @@ def write_annotations(out: Path, *, seed: int, train: int, val: int, test: int) 
     rows += [[f"ret{i}", name.replace("video", "msr"), name, text] for i, (name, text) in enumerate(queries)]
     write_csv(annotations / "MSRVTT_JSFUSION_test.csv", rows)
     write_json_lines(out / "truth.jsonl", truth)
-    return mentioned
+    return said
 
 
 def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[dict]]) -> int:
@@ -336,13 +352,19 @@ def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[di
 
 def make_videos(args: argparse.Namespace) -> None:
     settings, wanted = args.out / "generator.json", {"generator": GENERATOR, "seed": args.seed}
+    if (args.events, args.mentioned) != (EVENTS, MENTIONED):
+        wanted |= {"events": args.events, "mentioned": args.mentioned}
+    if args.mentioned >= args.events:
+        raise InputError(f"--mentioned {args.mentioned}: a query leaves out at least one of --events {args.events}")
     if settings.is_file() and (found := read_json(settings)) != wanted:
         raise InputError(f"{args.out} holds the corpus of {found}, not of {wanted}: give another --out, or delete it")
     folder, total = args.out / "videos", args.train + args.val + args.test
     write_json(settings, wanted)
-    mentions = write_annotations(args.out, seed=args.seed, train=args.train, val=args.val, test=args.test)
+    mentions = write_annotations(args.out, seed=args.seed, train=args.train, val=args.val, test=args.test,
+                                 events_of_video=args.events, mentioned=args.mentioned)
     missing = [number for number in range(total) if not (folder / f"video{number}.mp4").is_file()]
-    work, workers = partial(make_video, seed=args.seed, folder=folder), min(args.workers, math.ceil(len(missing) / 8))
+    work = partial(make_video, seed=args.seed, events=args.events, folder=folder)
+    workers = min(args.workers, math.ceil(len(missing) / 8))
     bar = partial(tqdm, total=len(missing), desc="videos", unit="video")
     with lock(folder):  # what a killed run left half written goes
         if workers > 1:
@@ -352,7 +374,7 @@ def make_videos(args: argparse.Namespace) -> None:
         else:
             for number in bar(missing):
                 work(number)
-    truth = [make_truth(args.seed, number) for number in range(total - args.test, total)]
+    truth = [make_truth(args.seed, number, args.events) for number in range(total - args.test, total)]
     counts = f"{args.train} training, {args.val} validation, {args.test} test videos"
     print(f"{args.out}: {counts}; {len(missing)} of them new")
     asked = {"9k": mentions[::CAPTIONS]} | ({"full": mentions} if args.val else {})
@@ -446,6 +468,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     videos.add_argument("--train", type=count, default=1280, help="training videos")
     videos.add_argument("--val", type=count, default=0, help="validation videos, of protocol full")
     videos.add_argument("--test", type=count, default=250, help="test videos")
+    videos.add_argument("--events", type=int, choices=range(2, 9), default=EVENTS, help="of a video, 2 s and more each")
+    videos.add_argument("--mentioned", type=int, choices=(1, 2), default=MENTIONED, help="events that a query names")
     videos.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
     narrator = commands.add_parser("narrate", help="write narrations.jsonl from the truth", **form)
     narrator.add_argument("--frames", type=Path, help="folder of extracted frames; <out>/frames where not given")

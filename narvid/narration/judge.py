@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from narvid import InputError
-from narvid.data.frames import Picture, frame_paths, load_frame_index, pick_frames, read_frames
+from narvid.data.frames import Picture, frame_paths, load_frame_index, pick_frames, read_frames, read_list
 from narvid.data.narrations import Narration, join, load_narrations, write_narrations
 from narvid.files import list_folder, read_text, write_json_lines, write_text, writing
 from narvid.flags import Parser, count, positive, share
@@ -100,12 +100,14 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
 
 
 def choose_videos(files: Mapping[str, Mapping[str, Narration]], frame_times: Mapping[str, Sequence[float]],
-                  most: int) -> list[str]:
-    """The videos that every file narrates and that have frames, evenly taken if there are more than `most` (0: all)."""
-    common = [video for video in frame_times if all(video in narrations for narrations in files.values())]
+                  most: int, only: set[str] | None = None) -> list[str]:
+    """The videos of `only` that have frames and that every file narrates; `most` of them, evenly taken, 0: all."""
+    common = [video for video in frame_times
+              if (only is None or video in only) and all(video in narrations for narrations in files.values())]
     if not common:
         raise InputError(f"{', '.join(files)}: no video with frames is narrated in "
-                         f"{'all of them' if len(files) > 1 else 'it'}; give the --frames that were narrated")
+                         f"{'all of them' if len(files) > 1 else 'it'}; give the --frames that were narrated, or "
+                         "another --only")
     if most and len(common) > most:
         common = [common[i * len(common) // most] for i in range(most)]
     return common
@@ -311,6 +313,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="DIR", help="of the towers, where it is not CLIP's [from the hub]")
     parser.add_argument("--max_frames", type=positive, default=12, help="frames of a video, as training picks [12]")
     parser.add_argument("--videos", type=count, default=500, help="evenly taken; 0: all [500]")
+    parser.add_argument("--only", nargs="+", default=[], metavar="FILE",
+                        help="judge the videos of these JSON lines alone, such as train.jsonl")
     parser.add_argument("--worst", type=count, default=100, help="sentences on the page, a captioner [100]")
     parser.add_argument("--out", type=Path, help="folder of the page, and of every sentence as JSON lines")
     parser.add_argument("--drop_worst", type=share, default=0.0, metavar="SHARE",
@@ -341,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> list[Judged]:
         check_out(args.out)
     frame_times = load_frame_index(args.frames)
     files = {path: load_narrations(path, frame_times) for path in args.files}
-    videos = choose_videos(files, frame_times, args.videos)
+    videos = choose_videos(files, frame_times, args.videos, read_list(args.only) if args.only else None)
     picks = {video: pick_frames(len(frame_times[video]), args.max_frames) for video in videos}
     encoder = load_encoder(args)
     frames = encode_frames(encoder, args.frames, picks)

@@ -149,6 +149,8 @@ def test_two_files_stand_side_by_side_on_the_same_videos(corpus, towers, tmp_pat
 
 
 def test_a_checkpoint_judges_with_its_own_towers(corpus, weights, towers):
+    [of_test] = run(corpus, *towers, "--only", corpus / "test.jsonl")
+    assert {s.video for s in of_test.sentences} == {f"test{n}" for n in range(11)} and of_test.row["videos"] == 11
     [of_run] = run(corpus, "--checkpoint", weights, "--videos", 9)
     [of_file] = run(corpus, *towers, "--videos", 9)
     assert of_run.row["videos"] == 9 and of_run.row["fit"] == pytest.approx(of_file.row["fit"], abs=1e-5)

@@ -23,7 +23,7 @@ from narvid import InputError
 from narvid.data.narrations import load_narrations
 
 RATES = {"hallucination": 0.05, "colour": 0.08, "shape": 0.08, "repeat": 0.85}
-TIMES = [float(second) for second in range(demo.SECONDS)]  # at one frame a second
+TIMES = [float(second) for second in range(demo.seconds_of(demo.EVENTS))]  # at one frame a second
 
 
 def parse(text: str, grammar: int) -> dict:
@@ -86,7 +86,7 @@ def test_a_video_is_h264_and_shows_its_events(corpus):
             shown = {
                 float(frame.time): frame.to_ndarray(format="rgb24").astype(float) for frame in container.decode(stream)
             }
-        assert len(shown) == demo.SECONDS * demo.FPS
+        assert len(shown) == demo.seconds_of(demo.EVENTS) * demo.FPS
         for event in demo.make_truth(0, number):
             for time in (time for time in TIMES if event["start"] <= time < event["end"]):
                 near = np.abs(shown[time] - demo.RGB[event["colour"]]).max(-1) < 50
@@ -99,7 +99,7 @@ def test_a_video_is_h264_and_shows_its_events(corpus):
 def test_every_event_shows_in_two_frames_at_one_frame_a_second():
     for number in range(300):
         events = demo.make_truth(0, number)
-        assert events[0]["start"] == 0 and events[-1]["end"] == demo.SECONDS
+        assert events[0]["start"] == 0 and events[-1]["end"] == demo.seconds_of(demo.EVENTS)
         assert all(a["end"] == b["start"] for a, b in pairwise(events))
         assert all(sum(event["start"] <= time < event["end"] for time in TIMES) >= 2 for event in events)
 
@@ -291,3 +291,34 @@ def test_understanding_retrieves_and_matching_strings_does_not(capsys):
               f"by common words {overlap:.1f} %")
     assert oracle > 80
     assert overlap < 5
+
+
+# ---- other numbers of events, and of events that a query names ----
+
+
+def test_six_events_of_which_a_query_names_one():
+    spans = set()
+    for number in range(200):
+        events = demo.make_truth(3, number, 6)
+        assert len(events) == 6 and events[0]["start"] == 0 and events[-1]["end"] == demo.seconds_of(6) == 14
+        seen = [sum(event["start"] <= second < event["end"] for second in range(14)) for event in events]
+        assert min(seen) >= 2 and sum(seen) == 14
+        spans.add(tuple(seen))
+        queries = demo.make_queries(3, number, events, mentioned=1)
+        assert len(queries) == demo.CAPTIONS and all(demo.fits(mentions, events) for _, mentions in queries)
+        for text, [mention] in queries:
+            assert parse(text, demo.QUERY) == mention and len(mention) >= 3
+    assert len(spans) == 21  # 6 with one long event, 15 with two
+    named = [demo.make_queries(3, number, demo.make_truth(3, number, 6), mentioned=2) for number in range(20)]
+    assert all(len(mentions) == 2 and parse_query(text) == mentions
+               for of_video in named for text, mentions in of_video)
+
+
+def test_a_corpus_of_six_events_is_written_and_is_another_one(tmp_path):
+    corpus = make(tmp_path / "six", "--events", "6", "--mentioned", "1", train=1, test=1)
+    with av.open(str(corpus / "videos" / "video1.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 14 * demo.FPS
+    with pytest.raises(InputError, match="another --out"):
+        make(corpus, train=1, test=1)
+    with pytest.raises(InputError, match="leaves out"):
+        make(tmp_path / "two", "--events", "2")
