@@ -20,6 +20,7 @@ def test_cells_differ_where_they_say(corpus, tmp_path):
     assert flags[flags.index("--narrations") + 1].endswith("2of3/narrations_50.jsonl")
 
 
+@pytest.mark.slow
 def test_a_tiny_study_runs_once(corpus, weights, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name in ("train.jsonl", "test.jsonl", "narrations.jsonl"):
