@@ -311,10 +311,12 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
         train_epochs(parts, progress, args, world, run, save=partial(save, "last.pt"), select=select, heed=heed)
     except (Stopped, RuntimeError) as end:
         # What was interrupted, a step before its update or an evaluation, had changed nothing yet.
+        if signals.number and "DataLoader worker" in str(end):  # the signal went to them too; missed between two steps
+            end = Stopped(signals.number)
         if isinstance(end, Stopped) or distributed.is_lost(end):
             write("last.pt")
             end.saved = f"last.pt holds epoch {progress['epoch'] + 1}, step {progress['step']}"
-        raise
+        raise end
     if args.select_on == "last":
         with signals.at_once():  # best.pt holds the weight that is chosen on val
             result = evaluate(model, splits, "val", args, world, run) if args.fusion_weight == ON_VAL else None

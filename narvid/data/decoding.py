@@ -7,6 +7,7 @@ when, damaged files. Not here: which of the frames are taken (videos.py), what t
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -22,6 +23,7 @@ CONTAINERS = (
     "flac,mp3,wav,aac"
 )
 LIMITS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+WIDEST_PIXEL = 4.0  # times its height; what says more is a slip of whoever wrote the file
 SHORT_PAUSE = 60.0  # seconds; what the stamps leave out is never questioned up to here
 # Old files carry titles that are not UTF-8. av 19 reads them all and no longer takes the argument.
 ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -73,6 +75,18 @@ def sound_of(path: str | Path, rate: int) -> np.ndarray:
     if late <= 0:
         return sound[round(-late * rate) :]
     return np.concatenate([np.zeros(round(late * rate), np.float32), sound])
+
+
+def pixel_ratio(path: str | Path, notes: list[str]) -> float:
+    """Width of a pixel over its height, as the file says: old television's is not 1. `notes`: what cannot be."""
+    container, stream = open_video(path)
+    with container:
+        ratio = float(stream.sample_aspect_ratio or 1)
+    if not 1 / WIDEST_PIXEL <= ratio <= WIDEST_PIXEL:
+        note = f"pixels {ratio:.3g} times as wide as high are taken as square"
+        notes += [] if note in notes else [note]
+        return 1.0
+    return ratio
 
 
 def announced_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
@@ -221,8 +235,11 @@ def _measure(path, step):
 
 
 def _sound_frames(container, stream, notes):
-    """Decode forward once and yield the frames in display order; broken ones are left out and counted in the notes."""
-    broken = 0
+    """Decode forward once and yield the frames in display order, without the combs of interlaced ones.
+
+    Broken ones are left out and counted in the notes.
+    """
+    broken, fields = 0, None
     raw = stream.codec_context.codec.canonical_name == "rawvideo"
     try:
         for frame in _decoded(container, stream):
@@ -231,10 +248,49 @@ def _sound_frames(container, stream, notes):
                 continue
             if raw and frame.format.name == "bgra" and not frame.to_ndarray()[..., 3].any():
                 frame = frame.reformat(format="bgr0")  # old AVI files leave the fourth byte at 0: it is no alpha
-            yield frame
+            if fields is None and frame.interlaced_frame:
+                fields = _Fields(stream)
+            yield from [frame] if fields is None else fields.joined(frame)
+        if fields is not None:
+            yield from fields.joined(None)
     finally:  # also when the rest of the video is not asked for
         if broken:
             notes.append(f"{broken} broken frames left out")
+
+
+class _Fields:
+    """FFmpeg's filter that makes one whole picture of two fields, which were taken one after the other.
+
+    Frames go through it from the first interlaced one on, in order; those that are not come out as they are.
+    """
+
+    def __init__(self, stream):
+        self._stream, self._form, self._graph = stream, None, None
+
+    def joined(self, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+        """Take the next frame, or None behind the last, and yield what is ready: each waits for the one behind it."""
+        form = frame and (frame.format.name, frame.width, frame.height)
+        if form != self._form and self._graph is not None:
+            self._graph.push(None)
+            yield from self._ready()
+            self._graph = None
+        if frame is None:
+            return
+        if self._graph is None:
+            self._form, self._graph = form, av.filter.Graph()
+            chain = (self._graph.add_buffer(width=frame.width, height=frame.height, format=frame.format,
+                                            time_base=frame.time_base or self._stream.time_base),
+                     self._graph.add("bwdif", "mode=send_frame:deint=interlaced"), self._graph.add("buffersink"))
+            for before, behind in pairwise(chain):
+                before.link_to(behind)
+            self._graph.configure()
+        self._graph.push(frame)
+        yield from self._ready()
+
+    def _ready(self):
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                yield self._graph.pull()
 
 
 def _decoded(container, stream):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -63,6 +65,20 @@ class PairSampler(Sampler):
             yield order[start + self.rank * part:][:part].tolist()
 
 
+class _Loader(DataLoader):
+    """A worker that ends is noticed when its next batch is waited for, and not before.
+
+    torch raises where its parent is at that moment, in the middle of an update or of a file too. A signal to the whole
+    process group ends the workers with the step still to be finished and saved.
+    """
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return batches
+
+
 def make_loader(dataset: Dataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
     """DataLoader over `sampler`, which yields lists of items; with fewer workers where shared memory is small.
 
@@ -70,8 +86,8 @@ def make_loader(dataset: Dataset, collate_fn, sampler, *, num_workers: int) -> D
     """
     largest = sampler.part if isinstance(sampler, PairSampler) else max(map(len, sampler), default=0)
     num_workers = _workers_that_fit(num_workers, largest * getattr(dataset, "item_bytes", 0))
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)
+    return _Loader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
+                   pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)
 
 
 def free_shared_memory() -> float:

@@ -17,6 +17,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from narvid import InputError
+from narvid.data.decoding import pixel_ratio
 
 # FFmpeg's numbers.
 BT601, LIMITED = 6, 1  # the colours that every reader assumes where a file names none
@@ -40,13 +41,16 @@ def pictures(
 
     RGB (H, W, 3), uint8; with yuv (3, H, W) in BT.601 of limited range, its sides in even numbers, ready for 4:2:0
     video. Not by way of RGB: FFmpeg rounds down on the way back, and a compressed video would be darker.
-    `notes` receives a colour matrix that had to be guessed. InputError names a file whose pixels cannot be converted.
+    Pixels that are not square are made so, by the width. `notes` receives what had to be guessed. InputError names a
+    file whose pixels cannot be converted.
     """
+    ratio = pixel_ratio(path, notes)
     reformatter = VideoReformatter()  # one a video: it keeps its tables from frame to frame
     step, sides = (2, (1, 2)) if yuv else (1, (0, 1))
     for x, frame in shown:
-        scale = min(1.0, (short_side or math.inf) / min(frame.width, frame.height))
-        width, height = (max(1, round(side * scale / step)) * step for side in (frame.width, frame.height))
+        shown_sides = frame.width * ratio, frame.height
+        scale = min(1.0, (short_side or math.inf) / min(shown_sides))
+        width, height = (max(1, round(side * scale / step)) * step for side in shown_sides)
         try:
             _name_matrix(frame, notes)
             pixels = _hard(reformatter, frame, width, height)

@@ -50,7 +50,7 @@ def decode_video(
     short_side: shrink so that the shorter side has this many pixels; smaller pictures stay as they are.
     max_seconds: as if the video were cut there; what begins later is neither taken nor decoded.
     notes: a list that receives what is amiss in a file that still gives frames (truncated, broken frames).
-    Iterating raises an InputError that names the file if it gives no frame at all. Pixels are taken as square.
+    Iterating raises an InputError that names the file if it gives no frame at all.
     """
     if (fps is None) == (n is None) or (n if fps is None else fps) <= 0:
         raise ValueError(f"decode_video takes fps or n, one of them and positive, got fps = {fps}, n = {n}")

@@ -84,10 +84,9 @@ def test_a_playlist_is_no_video(tmp_path, plain, text, name):
     path = tmp_path / name
     path.write_text(text)
     for read in (lambda: list(decode_video(path, n=2)), lambda: compress_video(path, tmp_path / "s.mp4"),
-                 lambda: read_video(path)):
+                 lambda: read_video(path), lambda: clips.how_played(path, 0, 0)):
         with pytest.raises(InputError, match=f"{name} cannot be opened as a video"):
             read()
-    assert clips.playable_as(path, 0, 0) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -126,7 +125,7 @@ def test_the_largest_stream_is_the_video(tmp_path):
     assert pixels.shape == small.shape == (64, 96, 3)
     assert np.abs(pixels.mean(axis=(0, 1)) - GREEN).max() < 8
     assert read_video(path).seconds == pytest.approx(2, abs=0.02)
-    assert clips.playable_as(path, 0, 0) is None  # a browser shows the first
+    assert clips.how_played(path, 0, 0).kind != "file"  # a browser shows the first
 
 
 @pytest.mark.parametrize("disposition", [av.stream.Disposition.attached_pic.value, None])
@@ -183,7 +182,7 @@ def test_a_leap_of_the_clock_is_no_length(tmp_path, suffix, times):
     clip = read_video(path)
     assert clip.seconds == pytest.approx(20, abs=0.2) and clip.note == notes[0]
     assert len(windows_of(clip, 30, 1, 12)) == 1
-    assert clips.playable_as(path, 0, 0, clip.seconds) is None  # a browser would follow its clock
+    assert clips.how_played(path, 0, 0, clip.seconds).counted  # a browser would follow its clock
     assert [time for time, _ in taken(path, n=3)] == [0, pytest.approx(9.9, abs=0.1), 19.9]
 
 
@@ -515,3 +514,71 @@ def test_transparent_and_deep_pictures(tmp_path):
         assert np.abs(corners(pixels.permute(1, 2, 0).numpy()) - [[WHITE, GREEN], [GREEN, GREEN]]).max() < 12, name
     Image.fromarray(np.full((40, 40), 100 * 256, np.uint16)).save(tmp_path / "deep.png")
     assert (read_frames([tmp_path / "deep.png"], Picture(32)) == 100).all()
+
+
+# ---- pixels that are not square, and pictures of two fields ----
+
+
+def ellipse(width, height, ratio):
+    """A white disc as a file with such pixels holds it, (H, W, 3)."""
+    y, x = np.mgrid[:height, :width]
+    inside = ((x - width / 2) * ratio) ** 2 + (y - height / 2) ** 2 < (0.4 * height) ** 2
+    return np.repeat(255 * inside[..., None], 3, axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("ratio", [Fraction(64, 45), Fraction(2), Fraction(8, 9), Fraction(1, 2)])
+def test_a_circle_stays_round(tmp_path, ratio):
+    path = tmp_path / "disc.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 180, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = ratio
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(ellipse(180, 96, float(ratio)), format="rgb24")))
+        container.mux(stream.encode())
+    shown = [*through_both(path, tmp_path), np.asarray(Image.open(io.BytesIO(read_video(path).jpegs[0])))]
+    for pixels in shown:
+        assert abs(pixels.shape[1] / pixels.shape[0] - 180 * float(ratio) / 96) < 0.03
+        white = pixels[..., 1] > 127
+        wide, high = np.flatnonzero(white.any(axis=0)), np.flatnonzero(white.any(axis=1))
+        assert abs(np.ptp(wide) / np.ptp(high) - 1) < 0.06
+    (_, small), *_ = decode_video(path, fps=1, short_side=48)
+    assert min(small.shape[:2]) == 48
+
+
+def test_a_ratio_that_no_pixel_has_is_noted_and_square(tmp_path):
+    path = tmp_path / "odd.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(6, 1)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(quadrants(), format="rgb24")))
+        container.mux(stream.encode())
+    notes = []
+    ((_, pixels),) = decode_video(path, fps=1, notes=notes)
+    assert pixels.shape == (48, 64, 3) and notes == ["pixels 6 times as wide as high are taken as square"]
+
+
+def test_two_fields_become_one_picture(tmp_path):
+    """A bar that moves from field to field has no comb, every frame is there once and at its time."""
+    path = tmp_path / "fields.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={
+            "crf": "5", "flags": "+ilme+ildct", "x264-params": "tff=1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 96, "yuv420p"
+        for k in range(15):
+            pixels = np.zeros((96, 96, 3), np.uint8)
+            for field in (0, 1):
+                at = 2 * (2 * k + field)
+                pixels[field::2, at : at + 12] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        stored = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    taken = list(decode_video(path, fps=25))
+    assert [round(time, 3) for time, _ in taken] == [round(k / 25, 3) for k in range(15)] and len(stored) == 15
+    combs = [np.abs(np.diff(pixels.astype(int)[8:-8], axis=0)).mean() for _, pixels in taken]
+    assert max(combs) < 1 < min(np.abs(np.diff(pixels[8:-8], axis=0)).mean() for pixels in stored)
+    for k, (_, pixels) in enumerate(taken):  # where the first field's bar is, or between the two
+        bar = np.flatnonzero(pixels[48, :, 1] > 127)
+        assert 4 * k - 1 <= bar.min() <= 4 * k + 3

@@ -226,6 +226,35 @@ def test_a_signal_saves_the_step_and_leaves_with_its_code(corpus, weights, begun
     assert_same_run(whole, run)
 
 
+def stop_the_group_in_a_step(argv, number):
+    """A process group of its own, as a terminal's: the signal reaches the loader's workers too, within a step."""
+    os.setpgid(0, 0)
+    step, taken = trainer.train_step, []
+
+    def signalled(*args, **options):
+        taken.append(1)
+        if len(taken) == 1:
+            os.killpg(0, number)
+            time.sleep(1)  # here the death of a worker would be heard of
+        return step(*args, **options)
+
+    trainer.train_step = signalled
+    trainer.main(argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_interrupts_no_step(corpus, weights, begun, tmp_path, number):
+    data, start, _, whole = begun
+    flags = (*FLAGS, "--checkpoint", start, "--clip_model", corpus / "clip.json", "--save_every", 1)
+    argv, run = tiny.flags(data, tmp_path / "run", *flags, "--save_every", 0, "--num_workers", 2), tmp_path / "run"
+    code = tiny.wait(tiny.start(stop_the_group_in_a_step, argv, number, log=tmp_path / "log"))
+    assert code == 128 + number, (tmp_path / "log").read_text()
+    assert torch.load(run / "last.pt", weights_only=True)["global_step"] == 1
+    assert lines_of(tmp_path / "log")[-1].startswith(f"stopped by {number.name}: last.pt holds epoch ")
+    trainer.main(tiny.flags(data, run, *flags, "--resume", "auto"))
+    assert_same_run(whole, run)
+
+
 def signal_at(name, argv, number=signal.SIGINT):
     """main(argv), to which a signal comes in the first call of the trainer's function `name`."""
     real, calls = getattr(trainer, name), []
