@@ -24,7 +24,6 @@ TRAINER = {option for method in METHODS for action in build_parser(method)._acti
 FOLDERS = "narvid|scripts|tests|configs|docs|data"
 SUBCOMMANDS = ("narvid.search", "narvid.narration", "narvid.towers", "scripts/make_demo_corpus.py")
 OF_EDITS = ("adding.md",)  # shows files that one would add
-TO_COME = ("configs/zeroshot_msrvtt_pe_core_b16.yaml", "configs/msrvtt_pe_core_b16.yaml")  # docs/towers.md names them
 PLACEHOLDER = re.compile(r"[A-Z_]{2,}|NAME|PRESET|x|\.\.\.")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -137,7 +136,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_exist(page):
     for code in re.findall(r"`([^`\n]+)`", prose(page)) if page.name not in OF_EDITS else ():
         if re.fullmatch(rf"(?:{FOLDERS})/[\w/]+\.(?:py|sh|yaml|md|json|html)", code):
-            assert (ROOT / code).is_file() or code in TO_COME, code
+            assert (ROOT / code).is_file(), code
 
 
 @every_page

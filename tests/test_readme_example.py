@@ -24,7 +24,7 @@ def test_the_example_runs_as_it_stands(weights, tmp_path, monkeypatch, capsys):
     for v in range(2):
         Path(f"demo/videos/video{v}.mp4").rename(f"demo/videos/video{1281 + v}.mp4")
     entries = [{"video": f"video{v}", "captioner": "", "prompt": "",
-                "sentences": [{"time": float(t), "text": "a red cross"} for t in range(make_demo_corpus.SECONDS)]}
+                "sentences": [{"time": float(t), "text": "a red cross"} for t in range(make_demo_corpus.seconds_of(3))]}
                for v in (1281, 1282)]
     Path("demo/narrations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     capsys.readouterr()

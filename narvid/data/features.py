@@ -60,9 +60,9 @@ class Features(NamedTuple):
 
     def of_queries(self, queries: list[str]) -> tuple[Tensor, Tensor]:
         """B training queries -> eos, then words (B, 1 + L, D), zero-padded, and mask (B, L) True = a word."""
-        words = [self.words[query] for query in queries]
-        padded = pad_sequence([torch.cat([x[-1:], x]) for x in words], batch_first=True)  # (B, 1 + L, D)
-        return padded, torch.arange(padded.shape[1] - 1) < torch.tensor([[len(x)] for x in words])
+        both = [self.words[query] for query in queries]  # eos first
+        padded = pad_sequence(both, batch_first=True)  # (B, 1 + L, D)
+        return padded, torch.arange(1, padded.shape[1]) < torch.tensor([[len(x)] for x in both])
 
     def of_sentences(self, sentences: list[str]) -> Tensor:
         """U sentences, or titles -> eos (U, 1, D)."""

@@ -6,7 +6,7 @@ towers knows nothing of it, nor does evaluation, whose videos come from here too
 
     DIR/<key>/made_of.json       what the key stands for: weights, CLIP config, number format, max_words
               frames-*.pt        a video's picked frames (K_v, D); known by id, and number, size and mtime of each jpg
-              words-*.pt         a training query's words (L, D), the last of them its eos
+              words-*.pt         a training query's eos and then its words (1 + L, D)
               eos-*.pt           the eos (1, D) of a sentence of a narration, or of a title
 
 Other weights or another config have another key, and so have training and evaluation where their number formats
@@ -32,6 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from narvid import InputError, files
@@ -45,7 +46,7 @@ from narvid.data.frames import frame_paths
 from narvid.progress import tqdm
 
 KINDS = {"frames": "video", "words": "query", "eos": "sentence"}  # what one entry is of
-VERSION = 1  # raise it with every change that makes other features of the same frames and texts
+VERSION = 2  # raise it with every change that makes other features of the same frames and texts
 SECONDS, BYTES = 60, 2**28  # a file is written when it took so long or holds so much
 FRAMES, TEXTS = 256, 256  # through a tower at a time
 
@@ -197,7 +198,8 @@ def _encode_texts(kind: str, entries: list, towers: Towers, encoding: Encoding, 
         with encoding.autocast():
             eos, words = towers.encode_text(tokens.to(world.device), words=kind == "words")
         if kind == "words":
-            yield some, mask.sum(dim=1).tolist(), words.cpu()[mask]
+            both = torch.cat([eos[:, None], words], dim=1).cpu()
+            yield some, (1 + mask.sum(dim=1)).tolist(), both[F.pad(mask, (1, 0), value=True)]
         else:
             yield some, [1] * len(some), eos.cpu()
 

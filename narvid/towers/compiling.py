@@ -23,8 +23,7 @@ def compile_blocks(towers: torch.nn.Module, device: torch.device, *, backend: st
     """
     blocks = towers.blocks()
     if not blocks:
-        raise InputError(f"--compile: the towers of --clip_model {towers.name} have no blocks that are alike; leave "
-                         "--compile out")
+        raise InputError("--compile: these towers have no blocks that are alike; leave --compile out")
     if backend == "inductor":
         _check_compiler(device)
     # A form each for frames or text, training or evaluation, the lowest block (whose input needs no gradient) or

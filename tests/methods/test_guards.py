@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import main_task_retrieval as trainer
-from narvid import InputError
+from narvid import InputError, evaluation
 from narvid.data.datasets import Split
 from narvid.towers.tokenizer import Tokenizer
 from narvid.distributed import World
@@ -115,7 +115,7 @@ class Written(dict):
 @pytest.fixture
 def evaluate(subject, monkeypatch):
     """The trainer's evaluation with given features of the videos: (video_of_query) -> (result, what it wrote)."""
-    monkeypatch.setattr(trainer, "encode_videos", lambda *_: at_random(subject.videos, 4))
+    monkeypatch.setattr(evaluation, "encode_videos", lambda *_: at_random(subject.videos, 4))
     subject.args.save_similarity = True
 
     def evaluated(truth):
@@ -149,7 +149,7 @@ def test_the_evaluation_scores_without_the_ground_truth(subject, evaluate):
 def test_features_that_are_not_finite_are_refused(subject, evaluate, monkeypatch):
     broken = [x.clone() if x is not None and x.is_floating_point() else x for x in at_random(subject.videos, 4)]
     broken[0][3] = float("nan")
-    monkeypatch.setattr(trainer, "encode_videos", lambda *_: type(subject.videos)(*broken))
+    monkeypatch.setattr(evaluation, "encode_videos", lambda *_: type(subject.videos)(*broken))
     with pytest.raises(InputError, match="not finite"):
         evaluate(TRUTH)
 

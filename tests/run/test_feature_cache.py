@@ -168,10 +168,10 @@ def test_entries_are_what_the_towers_give(prepared, filled):
     both, mask_2 = split.features.of_queries(texts)
     assert torch.equal(mask, mask_2)
     end = mask.sum(dim=1)
-    assert torch.equal(both[:, 0], both[torch.arange(len(texts)), end])  # eos: the last word, and before all of them
+    assert torch.equal(both[:, 0], both[torch.arange(len(texts)), end])  # of these towers the last word is the eos
     assert not both[:, 1:][~mask].any()
     store = pickle.loads(pickle.dumps(split.features.words))  # what a worker gets that is not forked
-    assert len(pickle.dumps(split.features.words)) < 1000 and torch.equal(store[texts[0]], both[0, 1:end[0] + 1])
+    assert len(pickle.dumps(split.features.words)) < 1000 and torch.equal(store[texts[0]], both[0, :end[0] + 1])
 
 
 def test_other_weights_words_and_formats_have_folders_of_their_own(start, filled, tmp_path):

@@ -281,7 +281,7 @@ def evaluated(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("where", "saved", "step"), [
-    ("score_queries", "last.pt holds epoch 1, step 1", 1),  # in the first evaluation, which is made again
+    ("score_split", "last.pt holds epoch 1, step 1", 1),  # in the first evaluation, which is made again
     ("load_data", "nothing new had to be saved", None),
     ("selection_score", "last.pt holds epoch 1, step 1", 1),  # between evaluation and saving
 ])

@@ -13,7 +13,7 @@ import torch
 import main_task_retrieval as trainer
 from narvid import InputError, Retriever
 from narvid.run import optim
-from narvid.towers import Towers
+from narvid.towers import Towers, compile_blocks, load_towers
 from narvid.towers import __main__ as towers_command
 from narvid.data.frames import pick_frames, read_frames
 from narvid.run.build import build_model
@@ -169,7 +169,6 @@ def test_without_its_tokenizer_a_run_is_refused_before_the_data_is_read(corpus, 
 
 
 def test_the_logit_scale_that_weights_came_with_is_kept(corpus, tmp_path):
-    from narvid.towers import load_towers
     towers = load_towers(str(corpus / "siglip.json"))
     state = towers.state_dict() | {"logit_scale": torch.tensor([4.8]), "logit_bias": torch.tensor([-12.0])}
     torch.save(state, tmp_path / "siglip.pt")
@@ -216,3 +215,43 @@ def test_check_without_the_tokenizer_looks_at_frames_alone(corpus, capsys, monke
         said(capsys, "check", corpus / "siglip.json")
     out = capsys.readouterr().out
     assert not left.value.code and "texts: not compared" in out and "--tokenizer" in out
+
+
+# ---- what saves time and memory ----
+
+
+@pytest.mark.parametrize("name", tiny.OTHER_TOWERS)
+def test_cached_features_and_checkpointed_blocks_change_no_loss(corpus, tmp_path, name):
+    plain = of(corpus, tmp_path / "plain", name, "--select_on", "last", "--epochs", 1)
+    trainer.main([*plain, "--freeze_towers"])
+    trainer.main([*of(corpus, tmp_path / "cached", name, "--select_on", "last", "--epochs", 1), "--freeze_towers",
+                  "--feature_cache", str(tmp_path / "cache")])
+    assert tiny.losses(tmp_path / "cached") == pytest.approx(tiny.losses(tmp_path / "plain"), abs=2e-4)
+    for more, folder in (([], "whole"), (["--grad_checkpointing"], "checkpointed")):
+        trainer.main([*of(corpus, tmp_path / folder, name, "--select_on", "last", "--epochs", 1), *more])
+    assert tiny.losses(tmp_path / "checkpointed") == pytest.approx(tiny.losses(tmp_path / "whole"), abs=2e-4)
+
+
+def test_blocks_of_a_timm_tower_are_compiled_and_compute_the_same(corpus):
+    torch._dynamo.reset()
+    plain = load_towers(str(corpus / "timm.json")).eval()
+    compiled = load_towers(str(corpus / "timm.json")).eval()
+    compiled.load_state_dict(plain.state_dict())
+    compile_blocks(compiled, torch.device("cpu"), backend="eager")
+    assert len(plain.blocks()) == len(plain.visual.trunk.blocks) + 2
+    frames = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens, _ = plain.tokenize(["a picture of red", "blue"], 32)
+    with torch.no_grad():
+        for ours, want in zip((compiled.encode_frames(frames), *compiled.encode_text(tokens)),
+                              (plain.encode_frames(frames), *plain.encode_text(tokens))):
+            torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+
+
+def test_towers_without_blocks_are_not_compiled(corpus, tmp_path):
+    config = json.loads((corpus / "clip.json").read_text())
+    config["vision_cfg"] = {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear",
+                            "image_size": 64}
+    (tmp_path / "convnext.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="have no blocks that are alike; leave --compile out"):
+        build_model(trainer.parse_args(tiny.flags(corpus, tmp_path, "--clip_model", tmp_path / "convnext.json",
+                                                  "--compile")))
