@@ -51,7 +51,8 @@ def demo(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
     make_demo_corpus.main(["videos", "--out", str(home), "--train", "0", "--test", "5", "--workers", "1"])
     (home / "frames").mkdir()
-    times = [{"video": f"video{n}", "times": [float(t) for t in range(make_demo_corpus.seconds_of(3))]} for n in range(5)]
+    seconds = range(make_demo_corpus.seconds_of(3))
+    times = [{"video": f"video{n}", "times": [float(t) for t in seconds]} for n in range(5)]
     (home / "frames" / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     make_demo_corpus.main(["narrate", "--out", str(home), "--frames", str(home / "frames")])
     (home / "videos" / "more").mkdir()
