@@ -78,14 +78,15 @@ def export(folder: str | Path, model: torch.nn.Module, flags: argparse.Namespace
     InputError where the folder holds anything else, or the disk refuses.
     """
     result = result_of(source) if source else None
-    kept = {name: value for name, value in vars(flags).items() if name in of_a_model(flags.method)}
+    kept = {name: value for name, value in vars(flags).items()
+            if name in of_a_model(flags.method) and name != "tokenizer"}
     if model.progress:  # a released file does not say what chose it
         kept["select_on"] = flags.select_on
     config = {"flags": {"method": flags.method, **kept}, "towers": asdict(model.clip.config),
               "epoch": model.progress.get("epoch"), "step": model.progress.get("step"), **(known or UNKNOWN),
               "result": result}
     write_exported(folder, model.state_dict(), config,
-                   card(Path(folder).name, model, flags, known or UNKNOWN, result, licence))
+                   card(Path(folder).name, model, flags, known or UNKNOWN, result, licence), model.clip.tokenizer)
 
 
 UNKNOWN = {"data": None, "training": None}

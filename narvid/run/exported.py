@@ -3,6 +3,7 @@
   config.json         flags, sizes of the towers, what the weights are of, and their digest
   model.safetensors   the weights
   README.md           what this model is, for people (narvid/export.py writes it)
+  tokenizer/          its text tower's, where that is not CLIP's
 
 An exported model may also lie on the Hugging Face hub. Loading executes nothing that stands in any of them. Here: these
 forms. Not here: what a checkpoint's file holds (main_task_retrieval.py), building a model (build.py).
@@ -24,6 +25,7 @@ from narvid.run.run_dir import load_checkpoint
 from narvid.towers import ClipConfig
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+TOKENIZER = "tokenizer"
 FORM = 1  # of config.json; rises when an older reader would misread it
 AGAIN = "export the model again, or fetch the whole folder again"
 HUB = "hf-hub:"  # before owner/model, with @ and a revision behind it where it is not the newest
@@ -45,7 +47,7 @@ def load_model(path: str | Path) -> dict:
 def from_hub(source: str | Path) -> Path | None:
     """`hf-hub:owner/model[@revision]`, or `owner/model` where no such folder is here -> the fetched folder, else None.
 
-    The three files of an exported model are fetched and nothing else; InputError for what the hub does not have.
+    The files of an exported model are fetched and nothing else; InputError for what the hub does not have.
     """
     name = str(source)
     plain = not name.startswith(HUB)
@@ -58,7 +60,8 @@ def from_hub(source: str | Path) -> Path | None:
         raise InputError(f"{name}: a model of the hub needs pip install huggingface_hub; or name a folder") from error
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+        return Path(snapshot_download(repository, revision=revision or None,
+                                      allow_patterns=[CONFIG, WEIGHTS, CARD, f"{TOKENIZER}/*.json"]))
     except Exception as error:  # of the hub's client, of its transport, of the disk
         said = str(error).strip().splitlines() or [""]
         nothing = "is not on this disk, and the hub gives no such model" if plain else "the hub gives no such model"
@@ -66,17 +69,20 @@ def from_hub(source: str | Path) -> Path | None:
                          "exported folder, or owner/model as the hub has it") from error
 
 
-def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, card: str) -> None:
+def write_exported(folder: str | Path, state: dict[str, Tensor], config: dict, card: str, tokenizer=None) -> None:
     """An exported model, in place of one that stood there; InputError where the folder holds anything else.
 
-    config: "flags", "towers", "epoch", "step", "data", "training", "result"; what is not known is None.
+    config: "flags", "towers", "epoch", "step", "data", "training", "result"; what is not known is None. tokenizer:
+    towers.tokenizer.Tokenizer; one that is not CLIP's goes along.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {*list_folder(folder)} - {CONFIG, WEIGHTS, CARD}):
+    if folder.exists() and (not folder.is_dir() or {*list_folder(folder)} - {CONFIG, WEIGHTS, CARD, TOKENIZER}):
         raise InputError(f"{folder}: holds something else than an exported model; name an empty or a new folder")
     with writing(folder / WEIGHTS, binary=True) as file:
         file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))
     write_text(folder / CARD, card)
+    if tokenizer is not None and tokenizer.source:
+        tokenizer.load().save_pretrained(folder / TOKENIZER)
     write_json(folder / CONFIG, {"form": FORM, **config, "sha256": _digest(folder / WEIGHTS)})  # last: all is there
 
 
@@ -91,6 +97,8 @@ def read_exported(folder: str | Path) -> dict:
         raise InputError(f"{folder / WEIGHTS}: {reason}; {AGAIN}") from error
     if _digest(folder / WEIGHTS) != config["sha256"]:
         raise InputError(f"{folder / WEIGHTS}: is not the file that {CONFIG} was written for; {AGAIN}")
+    if (folder / TOKENIZER).is_dir():
+        config["towers"]["tokenizer"] = str(folder / TOKENIZER)
     known = {name: config[name] for name in ("epoch", "step") if config[name] is not None}
     return {"model": state, "clip_config": config["towers"], "args": config["flags"],
             "identity": {"data": config["data"]}, "training": config.get("training"), **known}

@@ -217,6 +217,23 @@ def test_check_without_the_tokenizer_looks_at_frames_alone(corpus, capsys, monke
     assert not left.value.code and "texts: not compared" in out and "--tokenizer" in out
 
 
+def test_an_exported_folder_holds_its_tokenizer(corpus, tmp_path, monkeypatch):
+    trainer.main(of(corpus, tmp_path / "run", "siglip", "--epochs", 1, "--select_on", "last"))
+    model = Retriever.load(tmp_path / "run", device="cpu")
+    model.save(tmp_path / "exported")
+    texts = ["red turns blue", "a picture of green and white"]
+    want = model.encode_queries(texts).eos
+    (tmp_path / "exported").rename(tmp_path / "elsewhere")
+    (corpus / "tokenizer").rename(tmp_path / "gone")
+    try:
+        again = Retriever.load(tmp_path / "elsewhere", device="cpu")
+        assert torch.equal(again.encode_queries(texts).eos, want)
+        again.save(tmp_path / "elsewhere")  # over itself
+        assert torch.equal(Retriever.load(tmp_path / "elsewhere", device="cpu").encode_queries(texts).eos, want)
+    finally:
+        (tmp_path / "gone").rename(corpus / "tokenizer")
+
+
 # ---- what saves time and memory ----
 
 
