@@ -233,6 +233,9 @@ def _is_time(value: object) -> bool:
 def _of_video(path: Path, language: str | None) -> list[Timed]:
     container, picture = open_video(path)
     with container:
+        if container.streams.subtitles and int(av.__version__.split(".")[0]) < 18:
+            raise InputError(f"{path}: text tracks inside a video need av 18 (Python 3.11), av {av.__version__} loses "
+                             "cues; name a file of subtitles")
         tracks = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name not in PICTURES]
         if language is not None:
             tracks = [s for s in tracks if s.language and s.language.lower()[:2] == language.lower()[:2]]

@@ -263,10 +263,14 @@ def make_video(path: Path, tracks=(), *, sound: bool = False) -> Path:
     ("a.mkv", "ass", lambda text: f"0,0,Default,,0,0,0,,{text}".replace("\n", "\\N").encode()),
 ])
 def test_text_tracks(tmp_path, name, codec, payload):
+    if int(av.__version__.split(".")[0]) < 18:
+        pytest.skip("av 17 loses cues; it is refused")
     assert read_sentences(make_video(tmp_path / name, [(codec, "eng", payload, CUES)])) == OF_CUES
 
 
 def test_which_track(tmp_path):
+    if int(av.__version__.split(".")[0]) < 18:
+        pytest.skip("av 17 loses cues; it is refused")
     tracks = [("subrip", "ger", str.encode, [(0, 1000, "Hallo")]), ("subrip", "eng", str.encode, CUES)]
     path = make_video(tmp_path / "a.mkv", tracks)
     assert [cue.text for cue in read_sentences(path)] == ["Hallo"]
