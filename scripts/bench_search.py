@@ -44,8 +44,8 @@ from narvid.fusion import matrix_statistics
 from narvid.model import Queries, Videos
 from narvid.progress import tqdm
 from narvid.search.embedding import Embedder
-from narvid.search.engine import CANDIDATES, candidates_of, fuse
-from narvid.search.stage_one import TRAINING, StageOne, files_of
+from narvid.search.engine import CANDIDATES, fuse
+from narvid.search.stage_one import TRAINING, StageOne, candidates_of, files_of
 from narvid.search.store import Store
 from narvid.similarity import match
 

@@ -12,7 +12,6 @@ Legend: B queries, n windows in hand, K frames of a window and sentences of its 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import islice
@@ -30,9 +29,8 @@ from narvid.data.videos import read_video
 from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Moment, Seen, by_file, in_words, reasons
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.reading import windows_of
-from narvid.search.stage_one import TRAINING, StageOne
 from narvid.search.statistics import compute_statistics, height, of_text
-from narvid.search.store import Store, Window
+from narvid.search.store import Filter, Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
 BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views
@@ -50,16 +48,6 @@ class _Scores(NamedTuple):
     both: np.ndarray  # (B, n) whether the narration counts
 
 
-class _Windows(NamedTuple):
-    """The windows of the store at one moment, for queries of one kind."""
-
-    change: int
-    ids: np.ndarray  # rising
-    stage: StageOne | None  # None where all windows are candidates
-    inside: np.ndarray | None  # (N,) which of stage one's windows still are; None: all
-    new: np.ndarray  # ids that stage one does not know yet: always candidates
-
-
 class Abandoned(Exception):
     """Nobody waits for the answers any more."""
 
@@ -70,7 +58,8 @@ class Engine:
     def __init__(self, store: Store, embedder: Embedder, *, candidates: int = CANDIDATES):
         embedder.check(store.settings, store.path)
         self.store, self.embedder, self.candidates = store, embedder, candidates
-        self._lock, self._windows, self._measured = threading.Lock(), {}, None
+        self.stages = {kind: store.candidates(embedder, kind, candidates) for kind in ("text", "like")}
+        self._measured = None
 
     def search(self, queries: list[str], **same) -> list[Answers]:
         """The best windows for each query.
@@ -113,26 +102,6 @@ class Engine:
         frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.picture)
         return self._like(self.embedder.videos([frames]), **same)
 
-    def refresh(self, kind: str = "text") -> None:
-        """Take notice of a changed store, for queries of a kind, "text" or "like"; every search does.
-
-        Stage one is made again only when it lacks more windows than a query has candidates: fewer are candidates of
-        every query.
-        """
-        with self._lock:
-            change, before = self.store.change, self._windows.get(kind)
-            if before is not None and before.change == change:
-                return
-            ids, stage = self.store.all_windows(), None
-            if len(ids) > self.candidates:
-                stage = (before and before.stage) or StageOne.load(self.store.path, kind)
-                if stage is None or len(np.setdiff1d(ids, stage.ids)) > self.candidates:
-                    stage = make_stage_one(self.store, self.embedder, ids, kind)
-                    stage.save(self.store.path, kind)
-            known = stage and np.isin(stage.ids, ids)
-            self._windows[kind] = _Windows(change, ids, stage, None if stage is None or known.all() else known,
-                                           np.setdiff1d(ids, stage.ids) if stage else ids)
-
     # ----------------------------------------------------------------------------------------------------- inside
 
     def _like(self, videos: NamedTuple, **same) -> Answers:
@@ -141,36 +110,30 @@ class Engine:
     def _find(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, **same) -> list[Answers]:
         """narration_used (B,): whether it counts for a query; kind: of the statistics; keywords as in `_found`."""
         try:
-            self.refresh(kind)
+            self.stages[kind].refresh()
             return self._found(queries, narration_used, kind, **same)
         except KeyError:  # a file was indexed again between stage one and stage two: once more
-            self.refresh(kind)
+            self.stages[kind].refresh()
             return self._found(queries, narration_used, kind, **same)
 
     def _found(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
                min_seconds: float = 0.0, max_seconds: float = inf, since: float = -inf, until: float = inf,
                exact: bool = False, itself: Window | None = None, wanted: Callable[[], bool] | None = None,
                skip: int = 0, one_a_file: bool = True) -> list[Answers]:
-        now = self._windows[kind]
-        allowed, inside, new = now.ids, now.inside, now.new
-        narrowed = (folder, min_seconds, max_seconds, since, until)
-        if narrowed != ("", 0.0, inf, -inf, inf):
-            allowed = self.store.all_windows(*narrowed)
-            inside = now.stage and np.isin(now.stage.ids, allowed)
-            new = np.intersect1d(new, allowed)
-        if not len(allowed):
+        stage, where = self.stages[kind], Filter(folder, min_seconds, max_seconds, since, until)
+        every = stage.windows(where, inf if exact else self.candidates)
+        if every is not None and not len(every):
             return [Answers() for _ in narration_used]
         statistics = self._statistics()
         statistics = statistics[kind] if kind == "like" or of_text(statistics) else None
         how = {"top": top, "skip": skip, "one_a_file": one_a_file, "itself": itself}
-        if exact or len(allowed) <= self.candidates:
-            scores = self._score(queries, narration_used, allowed, statistics, wanted)
-            return [self._answers(_row(queries, b), kind, allowed, _row(scores, b), statistics, **how)
+        if every is not None:
+            scores = self._score(queries, narration_used, every, statistics, wanted)
+            return [self._answers(_row(queries, b), kind, every, _row(scores, b), statistics, **how)
                     for b in range(len(narration_used))]
         answers = []
-        vectors = self.embedder.pool_queries(queries, statistics or PLAIN)
-        for b, near in enumerate(candidates_of(now.stage, vectors, self.candidates, inside)):
-            ids, row = np.union1d(near, new), _row(queries, b)
+        for b, ids in enumerate(stage.nearest(self.embedder.pool_queries(queries, statistics or PLAIN), where)):
+            row = _row(queries, b)
             scores = self._score(row, narration_used[b:b + 1], ids, statistics, wanted)
             answers.append(self._answers(row, kind, ids, _row(scores, 0), statistics, **how))
         return answers
@@ -263,30 +226,6 @@ def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: Vie
     if not both.any():
         return alone
     return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, (of_video, of_narration)), alone)
-
-
-# ------------------------------------------------------------------------------------------------------- stage one
-
-
-def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray, kind: str) -> StageOne:
-    """Stage one's index of all windows, their vectors read block by block; trained on a seeded sample of them."""
-    some = np.random.default_rng(0).permutation(ids)[:TRAINING // embedder.max_frames]
-    pooled = embedder.pool_videos(embedder.unpack(store.features(np.sort(some))))
-    vectors, _ = embedder.vectors_of(pooled, kind)
-    sample = vectors[vectors.any(axis=2)]
-    blocks = ((block, *embedder.vectors_of(pooled, kind)) for block, pooled in store.pooled(BLOCK))
-    return StageOne.make(blocks, sample, round(len(sample) / len(some) * len(ids)))
-
-
-def candidates_of(stage: StageOne, vectors: np.ndarray, count: int, inside: np.ndarray | None) -> list[np.ndarray]:
-    """Ids of the windows to score for each of the queries (B, W): `count` of those with a sentence, and as many of
-    those without; their vectors lack a part and would lose against the others. inside (N,): where to look.
-    """
-    if stage.has_sentence.all() or not stage.has_sentence.any():
-        return stage.nearest(vectors, count, inside)
-    inside = True if inside is None else inside
-    halves = [stage.nearest(vectors, count, which & inside) for which in (stage.has_sentence, ~stage.has_sentence)]
-    return [np.concatenate(both) for both in zip(*halves)]
 
 
 def _row(features: AnyQueries | _Scores, b: int) -> AnyQueries | _Scores:

@@ -1,7 +1,9 @@
 """Stage one of a search: the windows nearest to a query among very many, by vectors alone (FAISS).
 
-Here: which FAISS index, how it is made, kept and asked. Not here: what the vectors are (embedding.py) and how the
-candidates are then scored (engine.py).
+Here: which FAISS index, how it is made, kept and asked, when it is made again. Not here: what the vectors are
+(embedding.py) and how the candidates are then scored (engine.py).
+
+`Candidates` is all that the engine knows of stage one: another engine for vectors offers its three methods.
 
 Few vectors are kept in a byte a dimension and all compared. Many are kept in a bit a dimension (RaBitQ, after a random
 rotation) and compared in those lists (IVF) that are nearest to the query: enough to find candidates, which stage two
@@ -14,25 +16,109 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
 from narvid import InputError
 from narvid.files import replace
+from narvid.search.store import EVERY, Filter, Store
+
+if TYPE_CHECKING:
+    from narvid.search.embedding import Embedder
 
 FLAT = 200_000  # vectors up to which all are compared (docs/scaling.md: measured)
 LISTS = 1024  # of an IVF index
 PROBED = 64  # lists that a query looks into, where no filter leaves windows out
 TRAINING = 50_000  # vectors that an index is trained on
 PER_CANDIDATE = 4  # vectors asked for a candidate: neighbouring frames of one window are often found together
+BLOCK = 1024  # windows whose vectors are in memory at a time, when the index is made
+
+
+class _Windows(NamedTuple):
+    """The windows of the store at one moment."""
+
+    change: int
+    ids: np.ndarray  # rising
+    index: StageOne | None  # None where all windows are candidates
+    new: np.ndarray  # ids that the index does not know yet: always candidates
+
+
+class Candidates:
+    """The windows that stage two scores: `count` a query, of a store, for queries of a kind, "text" or "like"."""
+
+    def __init__(self, store: Store, embedder: Embedder, kind: str, count: int):
+        self.store, self.embedder, self.kind, self.count = store, embedder, kind, count
+        self._lock, self._now, self._last = threading.Lock(), None, None
+
+    def refresh(self) -> None:
+        """Take notice of a changed store; before every search.
+
+        The index is made again only when it lacks more windows than a query has candidates: fewer are candidates of
+        every query.
+        """
+        with self._lock:
+            change, before = self.store.change, self._now
+            if before is not None and before.change == change:
+                return
+            ids, index = self.store.all_windows(), None
+            if len(ids) > self.count:
+                index = (before and before.index) or StageOne.load(self.store.path, self.kind)
+                if index is None or len(np.setdiff1d(ids, index.ids)) > self.count:
+                    index = make_stage_one(self.store, self.embedder, ids, self.kind)
+                    index.save(self.store.path, self.kind)
+            self._now = _Windows(change, ids, index, np.setdiff1d(ids, index.ids) if index else ids)
+
+    def windows(self, where: Filter, most: float) -> np.ndarray | None:
+        """Ids, rising, of all windows that the filter leaves; None where those are more than `most`."""
+        ids = self._left(self._now, where)
+        return ids if len(ids) <= most else None
+
+    def nearest(self, queries: np.ndarray, where: Filter) -> list[np.ndarray]:
+        """Ids of the windows to score for each of the queries (B, W), rising; there are more than `count`."""
+        now = self._now
+        left = self._left(now, where)
+        known = np.isin(now.index.ids, left)
+        near = candidates_of(now.index, queries, self.count, None if known.all() else known)
+        new = np.intersect1d(now.new, left)
+        return [np.union1d(ids, new) for ids in near]
+
+    def _left(self, now: _Windows, where: Filter) -> np.ndarray:
+        if where == EVERY:
+            return now.ids
+        if self._last is None or self._last[:2] != (now.change, where):
+            self._last = (now.change, where, self.store.all_windows(*where))
+        return self._last[2]
+
+
+def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray, kind: str) -> StageOne:
+    """Stage one's index of all windows, their vectors read block by block; trained on a seeded sample of them."""
+    some = np.random.default_rng(0).permutation(ids)[:TRAINING // embedder.max_frames]
+    pooled = embedder.pool_videos(embedder.unpack(store.features(np.sort(some))))
+    vectors, _ = embedder.vectors_of(pooled, kind)
+    sample = vectors[vectors.any(axis=2)]
+    blocks = ((block, *embedder.vectors_of(pooled, kind)) for block, pooled in store.pooled(BLOCK))
+    return StageOne.make(blocks, sample, round(len(sample) / len(some) * len(ids)))
+
+
+def candidates_of(stage: StageOne, vectors: np.ndarray, count: int, inside: np.ndarray | None) -> list[np.ndarray]:
+    """Ids of the windows to score for each of the queries (B, W): `count` of those with a sentence, and as many of
+    those without; their vectors lack a part and would lose against the others. inside (N,): where to look.
+    """
+    if stage.has_sentence.all() or not stage.has_sentence.any():
+        return stage.nearest(vectors, count, inside)
+    inside = True if inside is None else inside
+    halves = [stage.nearest(vectors, count, which & inside) for which in (stage.has_sentence, ~stage.has_sentence)]
+    return [np.concatenate(both) for both in zip(*halves)]
 
 
 class StageOne:
-    """ids (N,): the windows, rising; has_sentence (N,): which have one. Made by `make` or `load`."""
+    """The index. ids (N,): the windows, rising; has_sentence (N,): which have one. Made by `make` or `load`."""
 
     def __init__(self, index, ids: np.ndarray, has_sentence: np.ndarray):
         self.index, self.ids, self.has_sentence = index, ids, has_sentence

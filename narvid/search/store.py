@@ -19,11 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from narvid.search.database import VERSION, Database
+
+if TYPE_CHECKING:
+    from narvid.search.embedding import Embedder
+    from narvid.search.stage_one import Candidates
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -61,6 +65,19 @@ class File(NamedTuple):
     narration: str  # which narration it was indexed with, as build.py marks it; its column is called told
     content: str = ""  # a digest of the file, "" in an index of version 1
     recorded: float | None = None  # seconds since 1970, where the file says when it was recorded
+
+
+class Filter(NamedTuple):
+    """Of which files windows may be answers, as `Store.all_windows` takes it."""
+
+    folder: str = ""
+    min_seconds: float = 0.0
+    max_seconds: float = inf
+    since: float = -inf
+    until: float = inf
+
+
+EVERY = Filter()  # which leaves nothing out
 
 
 class Frame(NamedTuple):
@@ -241,7 +258,7 @@ class Store(Database):
         until: seconds since 1970, when it was recorded, else when it was last written to; the second is excluded.
         """
         sql, values = "SELECT windows.id FROM windows", []
-        if (folder, min_seconds, max_seconds, since, until) != ("", 0.0, inf, -inf, inf):
+        if (folder, min_seconds, max_seconds, since, until) != EVERY:
             marked = self._has_marks()
             sql += " JOIN files ON files.id = windows.file"
             sql += " LEFT JOIN marks ON marks.file = files.id" if marked else ""
@@ -275,6 +292,12 @@ class Store(Database):
             vectors = np.frombuffer(b"".join(row[1] for row in rows), kind).reshape(len(rows), -1)
             vectors = vectors.astype("<f4", copy=False)
             yield np.array([row[0] for row in rows], np.int64), vectors
+
+    def candidates(self, embedder: "Embedder", kind: str, count: int) -> "Candidates":
+        """Stage one: which windows are scored for a query of a kind, "text" or "like", at most `count`."""
+        from narvid.search.stage_one import Candidates  # which reads this file
+
+        return Candidates(self, embedder, kind, count)
 
     # ---- inside ----
 

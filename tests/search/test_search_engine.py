@@ -296,7 +296,7 @@ def test_few_candidates_are_scored_exactly(index, embedder):
     score_of = [{answer.window: answer.score for answer in answers} for answers in every]
     few = Engine(index, embedder, candidates=4)
     found = few.search(QUERIES, top=11)
-    stage = few._windows["text"].stage
+    stage = few.stages["text"]._now.index
     near = stage.nearest(embedder.pool_queries(embedder.queries(QUERIES), index.statistics["text"]), 4)
     for b, answers in enumerate(found):
         assert {answer.window for answer in answers} == set(near[b].tolist()) and len(answers) == 4
@@ -547,8 +547,8 @@ def test_a_changed_store_is_noticed(measured, embedder, tmp_path, monkeypatch):
         put(store, embedder, f"{split.videos[video]}.mp4", frames[video], split.sentences[video])
     store.statistics = compute_statistics(store, embedder, QUERIES)
     made = []
-    make = engines.make_stage_one
-    monkeypatch.setattr(engines, "make_stage_one", lambda *args: made.append(1) or make(*args))
+    make = stage_one.make_stage_one
+    monkeypatch.setattr(stage_one, "make_stage_one", lambda *args: made.append(1) or make(*args))
     engine = Engine(store, embedder, candidates=3)
     assert len(engine.search(QUERIES[:1], top=20)[0]) == 3 and len(made) == 1
 
