@@ -5,6 +5,7 @@
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
   statistics.py  what scores are compared with: for Eq. 11, and what nonsense reaches; neutral.txt: queries for it
+  parts.py       a query of parts: texts, pictures, clips, windows, signs and weights
   engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
   answers.py     an answer: a file with its best moment, in words, and why
   reading.py     which files, windows; worker processes without torch

@@ -28,6 +28,16 @@ class Seen(NamedTuple):
     sentence_weight: float
 
 
+class Looked(NamedTuple):
+    """What a part of a query found in a window; s_narration: None where the narration does not count."""
+
+    weight: float
+    name: str
+    s_video: float
+    s_narration: float | None
+    statistics: ViewStatistics | None
+
+
 class Moment(NamedTuple):
     """A further window of an answer's file; frame: the number of a picture of it, from its middle."""
 
@@ -39,7 +49,9 @@ class Moment(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts."""
+    """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts, of a
+    query of several parts the sums of theirs.
+    """
 
     rank: int
     file: int
@@ -83,14 +95,16 @@ def clock(seconds: float) -> str:
     return f"{hours}{whole // 60 % 60:{'02' if hours else ''}d}:{whole % 60:02d}"
 
 
-def by_file(ranked: Iterable[tuple[float, Window]], itself: Window | None, one_a_file: bool,
+def by_file(ranked: Iterable[tuple[float, Window]], itself: Sequence[Window], one_a_file: bool,
             near: float) -> Iterator[list[tuple[float, Window]]]:
     """(score, window) from the best on -> for each answer its window, and further ones of the file that score `near`.
 
-    Of windows of one file that overlap only the best counts, and none that overlaps `itself`. not one_a_file: every
-    window that is left is an answer of its own. Windows are read as far as is asked for, unless files are put together.
+    Of windows of one file that overlap only the best counts, and none that overlaps one of `itself`. not one_a_file:
+    every window that is left is an answer. Windows are read as far as is asked for, unless files are put together.
     """
-    seen: dict[int, list[Window]] = {itself.file: [itself]} if itself else {}
+    seen: dict[int, list[Window]] = {}
+    for window in itself:
+        seen.setdefault(window.file, []).append(window)
     groups: dict[int, list[tuple[float, Window]]] = {}
     for score, window in ranked:
         others = seen.setdefault(window.file, [])
@@ -119,26 +133,32 @@ def in_words(frames: Sequence[Seen], end: float) -> str:
     return when if not sentence or not sentence.strip() else f"{when}: {sentence.strip()}"
 
 
-def reasons(s_video: float, s_narration: float | None, frames: Sequence[Seen],
-            statistics: ViewStatistics | None) -> str:
-    """Why a window stands where it stands, in a sentence; without statistics by the cosines alone."""
-    from narvid.fusion import spreads  # torch is there by now
-
-    values = [("frames", s_video, 0), ("sentences", s_narration, 1)]
-    values = [(name, s, i) for name, s, i in values if s is not None]
-    if statistics is None:
-        parts = " and ".join(f"the cosine of its {name} with the query is {s:.3f}" for name, s, _ in values)
+def reasons(parts: Sequence[Looked], frames: Sequence[Seen]) -> str:
+    """Why a window stands where it stands, in a sentence: what each part says of it, and which frames count."""
+    if len(parts) == 1:
+        found = _standing(parts[0])
     else:
-        parts = []
-        for name, s, i in values:
-            mean, std = statistics[i] or (0.0, 0.0)
-            z = (s - mean) / std if spreads(mean, std) else 0.0
-            parts.append(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}")
-        parts = " and ".join(parts) + " the mean of all pairs"
+        found = "; ".join(f"{'minus ' if part.weight < 0 else ''}{part.name}: {_standing(part)}" for part in parts)
     best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
     looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
-    if s_narration is not None:
+    if said.sentence_weight > 0:
         looked += f', of the sentences "{said.sentence}" ({said.sentence_weight:.0%})'
     if best.frame_weight == min(frame.frame_weight for frame in frames):
         looked = "all its frames count alike"
-    return f"{parts}; {looked}"
+    return f"{found}; {looked}"
+
+
+def _standing(part: Looked) -> str:
+    """How far a part's scores of a window stand above others; without statistics the cosines."""
+    from narvid.fusion import spreads  # torch is there by now
+
+    values = [("frames", part.s_video, 0), ("sentences", part.s_narration, 1)]
+    values = [(name, s, i) for name, s, i in values if s is not None]
+    if part.statistics is None:
+        return " and ".join(f"the cosine of its {name} with the query is {s:.3f}" for name, s, _ in values)
+    found = []
+    for name, s, i in values:
+        mean, std = part.statistics[i] or (0.0, 0.0)
+        z = (s - mean) / std if spreads(mean, std) else 0.0
+        found.append(f"its {name} lie {abs(z):.1f} standard deviations {'above' if z >= 0 else 'below'}")
+    return " and ".join(found) + " the mean of all pairs"

@@ -207,11 +207,13 @@ class Embedder:
             vectors = vectors[:, -1:] if kind == "like" else vectors[:, :-1]
         return vectors, has_sentence
 
-    def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics) -> np.ndarray:
+    def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics,
+                     narration_used: np.ndarray | None = None) -> np.ndarray:
         """(B, W) float32, whose product with a stage-one vector is Eq. 11 of its cosines, up to a constant.
 
         statistics: mean and standard deviation of S_qv, and of S_qn; the latter scales each view's part, as its weight
-        does.
+        does. narration_used (B,): whether it counts for a query, all if not given; without it the frames have all the
+        weight.
         """
         parts = []
         weights = (self.weight, 1 - self.weight) if self.narration else (1.0,)
@@ -219,7 +221,10 @@ class Embedder:
             scale = 0.0 if of_view is None else weight / (of_view[1] if spreads(*of_view) else 1.0)
             eos = (queries[view] if isinstance(queries, dict) else queries).eos
             parts.append(scale * F.normalize(eos.float(), dim=-1))
-        return torch.cat(parts, dim=1).cpu().numpy()
+        vectors = torch.cat(parts, dim=1).cpu().numpy()
+        if self.narration and self.weight and narration_used is not None and not narration_used.all():
+            vectors[~narration_used] *= np.float32(1 / self.weight)
+        return vectors
 
     def _means(self, videos: NamedTuple) -> dict[str, Tensor]:
         """{view: (V, D)} of length 1: what `like` compares."""

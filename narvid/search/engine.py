@@ -5,14 +5,15 @@ nearest vectors (stage_one.py), the statistics (statistics.py), what an answer s
 (store.py).
 
 A pair without a narration, because the window has no sentence or the query is a picture, is scored by 2 z(S_qv):
-Eq. 11 with all its weight on the view that there is.
+Eq. 11 with all its weight on the view that there is. A query of several parts (parts.py) scores the sum of its parts'
+own scores of Eq. 11, each with the statistics of its kind, "text" or "like", times their weights.
 
-Legend: B queries, n windows in hand, K frames of a window and sentences of its narration.
+Legend: B queries, P parts, n windows in hand, K frames of a window and sentences of its narration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import islice
 from math import inf
@@ -26,8 +27,9 @@ from torch import Tensor
 from narvid import InputError, fusion
 from narvid.data.frames import read_frames
 from narvid.data.videos import read_video
-from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Moment, Seen, by_file, in_words, reasons
+from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Looked, Moment, Seen, by_file, in_words, reasons
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
+from narvid.search.parts import Part, name, scaled, sentence
 from narvid.search.reading import windows_of
 from narvid.search.statistics import compute_statistics, height, of_text
 from narvid.search.store import Filter, Store, Window
@@ -40,12 +42,33 @@ TOGETHER = 64  # queries scored at a time
 
 
 class _Scores(NamedTuple):
-    """Of B queries with n windows."""
+    """Of P parts with n windows."""
 
-    fused: np.ndarray  # (B, n), Eq. 11
-    video: np.ndarray  # (B, n)
-    narration: np.ndarray | None  # (B, n)
-    both: np.ndarray  # (B, n) whether the narration counts
+    fused: np.ndarray  # (P, n), Eq. 11
+    video: np.ndarray  # (P, n)
+    narration: np.ndarray | None  # (P, n)
+    both: np.ndarray  # (P, n) whether the narration counts
+
+
+class _Group(NamedTuple):
+    """P parts that are scored together: all texts of all queries, or one picture, clip or window."""
+
+    kind: str  # of the statistics, "text" or "like"
+    features: AnyQueries  # P rows
+    narration_used: np.ndarray  # (P,) whether it counts
+    query: np.ndarray  # (P,) whose part it is
+    weight: np.ndarray  # (P,)
+    names: list[str]  # P, for an explanation
+
+
+class _Scored(NamedTuple):
+    """A part of a query with its scores of n windows."""
+
+    weight: float
+    name: str
+    features: AnyQueries  # one row
+    scores: _Scores  # one row
+    statistics: ViewStatistics | None
 
 
 class Abandoned(Exception):
@@ -61,20 +84,25 @@ class Engine:
         self.stages = {kind: store.candidates(embedder, kind, candidates) for kind in ("text", "like")}
         self._measured = None
 
-    def search(self, queries: list[str], **same) -> list[Answers]:
-        """The best windows for each query.
+    def search(self, queries: Sequence[str | list[Part]], **same) -> list[Answers]:
+        """The best windows for each query, a sentence or a list of parts (parts.py); the value of a picture or a clip
+        is what see_picture or see_clip makes of it.
 
-        Keywords, the same in every way to search: top (10): how many answers, fewer where there are fewer, after the
-        first `skip` (0); folder (relative to the videos folder), min_seconds, max_seconds (the file's length), since,
-        until (its date, seconds since 1970): what lies outside is left out before anything is ranked; exact (False):
-        every window is a candidate; one_a_file (True): an answer is a file, its best window first; wanted: called now
-        and then, and where it answers False the search ends with Abandoned. Of windows of one file that overlap only
-        the best counts.
+        Keywords: top (10): how many answers, fewer where there are fewer, after the first `skip` (0); folder (relative
+        to the videos folder), min_seconds, max_seconds (the file's length), since, until (its date, seconds since
+        1970): what lies outside is left out before anything is ranked; exact (False): every window is a candidate;
+        one_a_file (True): an answer is a file, its best window first; wanted: called now and then, and where it answers
+        False the search ends with Abandoned. Of windows of one file that overlap only the best counts, and none that
+        overlaps a window which is asked for. KeyError where there is no such window.
         """
         found = []
         for start in range(0, len(queries), TOGETHER):
-            encoded = self.embedder.queries(queries[start:start + TOGETHER])
-            found += self._find(encoded, np.full(len(encoded[0]), self.embedder.narration), "text", **same)
+            batch = [scaled(sentence(query) if isinstance(query, str) else query)
+                     for query in queries[start:start + TOGETHER]]
+            try:
+                found += self._found(batch, **same)
+            except KeyError:  # a file was indexed again between stage one and stage two: once more
+                found += self._found(batch, **same)
         return found
 
     def rows(self, queries: list[str]) -> list[Answers]:
@@ -83,60 +111,93 @@ class Engine:
 
     def like_window(self, window: int, **same) -> Answers:
         """Windows like this one, without it and what overlaps it; KeyError where there is no such window."""
-        [itself] = self.store.windows([window])
-        return self._like(self.embedder.unpack(self.store.features([window])), itself=itself, **same)
+        return self.search([[Part(1.0, "window", window)]], **same)[0]
 
     def like_picture(self, data: bytes, **same) -> Answers:
         """Windows that look like a picture, given the bytes of its file; InputError where that is no picture."""
+        return self.search([[Part(1.0, "picture", self.see_picture(data))]], **same)[0]
+
+    def like_clip(self, path: str | Path, **same) -> Answers:
+        """Windows that look like the first window of a video file; InputError names a file that cannot be read."""
+        return self.search([[Part(1.0, "clip", self.see_clip(path))]], **same)[0]
+
+    def see_picture(self, data: bytes) -> NamedTuple:
+        """The features of a picture, given the bytes of its file; InputError where that is no picture."""
         try:
             frames = read_frames([BytesIO(data)], self.embedder.picture)
         except InputError as error:
             raise InputError("the picture cannot be read: no jpg, png, webp or gif below 178 million pixels") from error
-        return self._like(self.embedder.videos([frames]), **same)
+        return self.embedder.videos([frames])
 
-    def like_clip(self, path: str | Path, **same) -> Answers:
-        """Windows that look like the first window of a video file; InputError names a file that cannot be read."""
+    def see_clip(self, path: str | Path) -> NamedTuple:
+        """The features of the first window of a video file; InputError names a file that cannot be read."""
         settings = self.store.settings
         clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
         _, _, picked = windows_of(clip, settings["window"], settings["fps"], self.embedder.max_frames)[0]
         frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.picture)
-        return self._like(self.embedder.videos([frames]), **same)
+        return self.embedder.videos([frames])
 
     # ----------------------------------------------------------------------------------------------------- inside
 
-    def _like(self, videos: NamedTuple, **same) -> Answers:
-        return self._find(self.embedder.like(videos), self.embedder.has_sentence(videos), "like", **same)[0]
+    def _groups(self, batch: list[list[Part]]) -> list[_Group]:
+        """The parts of a batch of queries, encoded."""
+        groups, texts = [], [(b, part) for b, parts in enumerate(batch) for part in parts if part.kind == "text"]
+        if texts:
+            narration_used = np.full(len(texts), self.embedder.narration)
+            groups.append(_Group("text", self.embedder.queries([part.value for _, part in texts]), narration_used,
+                                 np.array([b for b, _ in texts]), np.array([part.weight for _, part in texts]),
+                                 [name(part) for _, part in texts]))
+        for b, part in ((b, part) for b, parts in enumerate(batch) for part in parts if part.kind != "text"):
+            videos = part.value
+            if part.kind == "window":
+                videos = self.embedder.unpack(self.store.features([part.value]))
+            groups.append(_Group("like", self.embedder.like(videos), self.embedder.has_sentence(videos), np.array([b]),
+                                 np.array([part.weight]), [name(part)]))
+        return groups
 
-    def _find(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, **same) -> list[Answers]:
-        """narration_used (B,): whether it counts for a query; kind: of the statistics; keywords as in `_found`."""
-        try:
-            self.stages[kind].refresh()
-            return self._found(queries, narration_used, kind, **same)
-        except KeyError:  # a file was indexed again between stage one and stage two: once more
-            self.stages[kind].refresh()
-            return self._found(queries, narration_used, kind, **same)
-
-    def _found(self, queries: AnyQueries, narration_used: np.ndarray, kind: str, *, top: int = 10, folder: str = "",
-               min_seconds: float = 0.0, max_seconds: float = inf, since: float = -inf, until: float = inf,
-               exact: bool = False, itself: Window | None = None, wanted: Callable[[], bool] | None = None,
-               skip: int = 0, one_a_file: bool = True) -> list[Answers]:
-        stage, where = self.stages[kind], Filter(folder, min_seconds, max_seconds, since, until)
-        every = stage.windows(where, inf if exact else self.candidates)
+    def _found(self, batch: list[list[Part]], *, top: int = 10, folder: str = "", min_seconds: float = 0.0,
+               max_seconds: float = inf, since: float = -inf, until: float = inf, exact: bool = False,
+               wanted: Callable[[], bool] | None = None, skip: int = 0, one_a_file: bool = True) -> list[Answers]:
+        """Answers to each of a batch of queries whose weights are scaled; keywords as in `search`."""
+        groups, where = self._groups(batch), Filter(folder, min_seconds, max_seconds, since, until)
+        stages = {kind: self.stages[kind] for kind in dict.fromkeys(group.kind for group in groups)}
+        for stage in stages.values():
+            stage.refresh()
+        every = next(iter(stages.values())).windows(where, inf if exact else self.candidates)
         if every is not None and not len(every):
-            return [Answers() for _ in narration_used]
+            return [Answers() for _ in batch]
+        itself = [[part.value for part in parts if part.kind == "window"] for parts in batch]
         statistics = self._statistics()
-        statistics = statistics[kind] if kind == "like" or of_text(statistics) else None
-        how = {"top": top, "skip": skip, "one_a_file": one_a_file, "itself": itself}
+        if "text" in stages and not of_text(statistics):
+            statistics = dict.fromkeys(statistics)  # the cosines alone, of all parts: they are added
+        how = {"top": top, "skip": skip, "one_a_file": one_a_file}
         if every is not None:
-            scores = self._score(queries, narration_used, every, statistics, wanted)
-            return [self._answers(_row(queries, b), kind, every, _row(scores, b), statistics, **how)
-                    for b in range(len(narration_used))]
+            scores = self._score(groups, every, statistics, wanted)
+            return [self._answers(_parts_of(b, groups, scores, statistics), every, _is_text(batch[b]),
+                                  self.store.windows(itself[b]), **how) for b in range(len(batch))]
         answers = []
-        for b, ids in enumerate(stage.nearest(self.embedder.pool_queries(queries, statistics or PLAIN), where)):
-            row = _row(queries, b)
-            scores = self._score(row, narration_used[b:b + 1], ids, statistics, wanted)
-            answers.append(self._answers(row, kind, ids, _row(scores, 0), statistics, **how))
+        for b, ids in enumerate(self._candidates(groups, len(batch), where, statistics)):
+            own = [_part_of_group(group, group.query == b) for group in groups if (group.query == b).any()]
+            scores = self._score(own, ids, statistics, wanted)
+            answers.append(self._answers(_parts_of(b, own, scores, statistics), ids, _is_text(batch[b]),
+                                         self.store.windows(itself[b]), **how))
         return answers
+
+    def _candidates(self, groups: list[_Group], count: int, where: Filter,
+                    statistics: dict[str, ViewStatistics | None]) -> list[np.ndarray]:
+        """Stage one: for each of `count` queries the ids to score, rising. The parts of a kind make one vector, since
+        a vector's score is their sum; what is found for each kind is put together.
+        """
+        vectors, found = {}, [np.empty(0, np.int64)] * count  # vectors: {kind: {query: its parts' sum}}
+        for group in groups:
+            pooled = self.embedder.pool_queries(group.features, statistics[group.kind] or PLAIN, group.narration_used)
+            of_kind = vectors.setdefault(group.kind, {})
+            for b, weight, vector in zip(group.query.tolist(), group.weight.tolist(), pooled):
+                of_kind[b] = of_kind.get(b, 0) + weight * vector
+        for kind, of_kind in vectors.items():
+            for b, ids in zip(of_kind, self.stages[kind].nearest(np.stack(list(of_kind.values())), where)):
+                found[b] = np.union1d(found[b], ids)
+        return found
 
     def _statistics(self) -> dict[str, ViewStatistics]:
         """Those of the index; before its first run has ended, those of what there is."""
@@ -145,27 +206,31 @@ class Engine:
             self._measured = compute_statistics(self.store, self.embedder, None)
         return stored or self._measured
 
-    def _score(self, queries: AnyQueries, narration_used: np.ndarray, ids: np.ndarray,
-               statistics: ViewStatistics | None, wanted: Callable[[], bool] | None) -> _Scores:
-        """Stage two: evaluation's scores of B queries with these windows, their features read block by block."""
-        parts, narration_used = [], narration_used & (statistics is not None and statistics[1] is not None)
+    def _score(self, groups: list[_Group], ids: np.ndarray, statistics: dict[str, ViewStatistics | None],
+               wanted: Callable[[], bool] | None) -> list[_Scores]:
+        """Stage two: evaluation's scores of all parts with these windows, their features read block by block."""
+        found = [[] for _ in groups]
         for start in range(0, len(ids), BLOCK):
-            if wanted is not None and not wanted():
-                raise Abandoned
             videos = self.embedder.unpack(self.store.features(ids[start:start + BLOCK]))
-            scores = self.embedder.score(queries, videos)
-            both = torch.from_numpy(narration_used[:, None] & self.embedder.has_sentence(videos)[None])  # (B, n)
-            fused = scores["video"] if statistics is None else fuse(scores, both, self.embedder.weight, statistics)
-            parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
-                                 scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
-        return _Scores(*(None if column[0] is None else np.concatenate(column, axis=1) for column in zip(*parts)))
+            has_sentence = self.embedder.has_sentence(videos)
+            for group, parts in zip(groups, found):
+                if wanted is not None and not wanted():
+                    raise Abandoned
+                of_kind = statistics[group.kind]
+                used = group.narration_used & (of_kind is not None and of_kind[1] is not None)
+                scores = self.embedder.score(group.features, videos)
+                both = torch.from_numpy(used[:, None] & has_sentence[None])  # (P, n)
+                fused = scores["video"] if of_kind is None else fuse(scores, both, self.embedder.weight, of_kind)
+                parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
+                                     scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
+        return [_Scores(*(None if column[0] is None else np.concatenate(column, axis=1) for column in zip(*parts)))
+                for parts in found]
 
-    def _answers(self, query: AnyQueries, kind: str, ids: np.ndarray, scores: _Scores,
-                 statistics: ViewStatistics | None, *, top: int, skip: int, one_a_file: bool,
-                 itself: Window | None) -> Answers:
-        """The best of n scored windows, for one query."""
-        fused, answers = scores.fused[0], Answers()
-        if kind == "text" and statistics is not None:
+    def _answers(self, parts: list[_Scored], ids: np.ndarray, judged: bool, itself: list[Window], *, top: int,
+                 skip: int, one_a_file: bool) -> Answers:
+        """The best of n scored windows, for one query; judged: whether it shall be said that nothing fits."""
+        fused, answers = sum(part.weight * part.scores.fused[0] for part in parts), Answers()
+        if judged and parts[0].statistics is not None:
             answers.height, level = height(fused), self.store.fact("level")
             answers.fits = None if level is None or answers.height is None else answers.height >= level
         if not top:
@@ -180,18 +245,22 @@ class Engine:
         if not taken:
             return answers
         videos = self.embedder.unpack(self.store.features([group[0][1].id for group in taken]))
-        weights = self.embedder.filter_weights(query, videos) or {}
+        weights = [(self.embedder.filter_weights(part.features, videos) or {}) if part.weight > 0 else {}
+                   for part in parts]
         for j, group in enumerate(taken):
             (score, window), others = group[0], group[1:]
             place = place_of[window.id]
-            both = bool(scores.both[0, place])
-            frames = self._frames(window, {view: w[0, j] for view, w in weights.items()}, both)
-            s_video, s_narration = float(scores.video[0, place]), float(scores.narration[0, place]) if both else None
+            looked = [Looked(part.weight, part.name, float(part.scores.video[0, place]),
+                             float(part.scores.narration[0, place]) if part.scores.both[0, place] else None,
+                             part.statistics) for part in parts]
+            frames = self._frames(window, looked, [{view: w[0, j] for view, w in of.items()} for of in weights])
+            heard = [part for part in looked if part.s_narration is not None]
+            s_video = sum(part.weight * part.s_video for part in looked)
+            s_narration = sum(part.weight * part.s_narration for part in heard) if heard else None
             moments = [Moment(w.id, w.start, w.end, at, w.picks[len(w.picks) // 2]) for at, w in others[:MOMENTS]]
             answers.append(Answer(
                 skip + j + 1, window.file, window.id, window.path, window.start, window.end, score, s_video,
-                s_narration, frames, reasons(s_video, s_narration, frames, statistics), in_words(frames, window.end),
-                len(others), moments))
+                s_narration, frames, reasons(looked, frames), in_words(frames, window.end), len(others), moments))
         return answers
 
     def _by_rank(self, ids: np.ndarray, fused: np.ndarray, order: np.ndarray,
@@ -203,18 +272,22 @@ class Engine:
                 place_of[window.id] = place
                 yield float(fused[place]), window
 
-    def _frames(self, window: Window, weights: dict[str, np.ndarray], both: bool) -> list[Seen]:
-        """The window's frames with the filter's weights, each a view's (K,); without a filter all count alike."""
+    def _frames(self, window: Window, parts: list[Looked], weights: list[dict[str, np.ndarray]]) -> list[Seen]:
+        """The window's frames with what the parts that are looked for look at: the filter's weights, each a view's
+        (K,), summed as the parts are; without a filter all count alike.
+        """
         of_file = {frame.number: frame for frame in self.store.frames(window.file)}
         frames = [of_file[number] for number in window.picks]
-        count = sum(frame.sentence is not None for frame in frames)
-        found = []
-        for k, frame in enumerate(frames):
-            used = both and frame.sentence is not None
-            at_frame = float(weights["video"][k]) if weights else 1 / len(frames)
-            at_sentence = (float(weights["narration"][k]) if weights else 1 / count) if used else 0.0
-            found.append(Seen(*frame, at_frame, at_sentence))
-        return found
+        has_sentence = np.array([frame.sentence is not None for frame in frames])
+        at_frame, at_sentence, narrated = np.zeros(len(frames)), np.zeros(len(frames)), 0.0
+        for part, of in ((part, of) for part, of in zip(parts, weights) if part.weight > 0):
+            at_frame += part.weight * (of["video"][:len(frames)] if of else np.full(len(frames), 1 / len(frames)))
+            if part.s_narration is not None:
+                narrated += part.weight
+                at_sentence += part.weight * has_sentence * (
+                    of["narration"][:len(frames)] if of else 1 / has_sentence.sum())
+        at_sentence /= narrated or 1.0
+        return [Seen(*frame, float(a), float(b)) for frame, a, b in zip(frames, at_frame, at_sentence)]
 
 
 def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: ViewStatistics) -> Tensor:
@@ -228,8 +301,28 @@ def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: Vie
     return torch.where(both, fusion.fuse(scores["video"], scores["narration"], weight, (of_video, of_narration)), alone)
 
 
-def _row(features: AnyQueries | _Scores, b: int) -> AnyQueries | _Scores:
-    """Row b of a tuple of arrays or tensors, as one of one row."""
+def _is_text(parts: list[Part]) -> bool:
+    """Whether it can be said that nothing fits a query: it is a single text, like the nonsense it is held against."""
+    return len(parts) == 1 and parts[0].kind == "text"
+
+
+def _parts_of(query: int, groups: list[_Group], scores: list[_Scores],
+              statistics: dict[str, ViewStatistics | None]) -> list[_Scored]:
+    """The parts of one query out of all groups."""
+    return [_Scored(group.weight[p].item(), group.names[p], _rows(group.features, slice(p, p + 1)),
+                    _rows(of_group, slice(p, p + 1)), statistics[group.kind])
+            for group, of_group in zip(groups, scores) for p in np.flatnonzero(group.query == query).tolist()]
+
+
+def _part_of_group(group: _Group, which: np.ndarray) -> _Group:
+    """Those of its parts (P,)."""
+    return group._replace(features=_rows(group.features, which), narration_used=group.narration_used[which],
+                          query=group.query[which], weight=group.weight[which],
+                          names=[name for name, own in zip(group.names, which) if own])
+
+
+def _rows(features: AnyQueries | _Scores, which: slice | np.ndarray) -> AnyQueries | _Scores:
+    """These rows of a tuple of arrays or tensors."""
     if isinstance(features, dict):
-        return {view: _row(of_view, b) for view, of_view in features.items()}
-    return type(features)(*(None if x is None else x[b:b + 1] for x in features))
+        return {view: _rows(of_view, which) for view, of_view in features.items()}
+    return type(features)(*(None if x is None else x[which] for x in features))

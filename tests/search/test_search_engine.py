@@ -27,6 +27,7 @@ from narvid.search import stage_one
 from narvid.search.answers import Seen, in_words
 from narvid.search.embedding import Embedder
 from narvid.search.engine import Engine, compute_statistics
+from narvid.search.parts import Part, parse, sentence
 from narvid.search.stage_one import StageOne
 from narvid.search.statistics import NEUTRAL, height, measure_level, nonsense
 from narvid.search.store import Store
@@ -355,8 +356,8 @@ def test_an_answer_is_a_file_with_its_further_moments(measured, embedder, tmp_pa
         others = [a for a in alone if a.path == "long.mp4"]
         assert (of_long.window, of_long.score) == (others[0].window, others[0].score)
         scores = store.all_windows()
-        fused = engine._score(embedder.queries([QUERIES[apart.index(alone)]]), np.array([True]), scores,
-                              store.statistics["text"], None).fused[0]
+        groups = engine._groups([sentence(QUERIES[apart.index(alone)])])
+        fused = engine._score(groups, scores, store.statistics, None)[0].fused[0]
         near = np.median(fused) + 0.5 * (fused.max() - np.median(fused))
         expected = [a.window for a in others[1:] if a.score >= near]
         assert [m.window for m in of_long.moments] == expected and of_long.more == len(expected)
@@ -440,6 +441,101 @@ def test_an_index_of_frames_alone(measured, alone, tmp_path):
     for answers in Engine(store, alone).search(QUERIES):
         assert [a.score for a in answers] == [a.s_video for a in answers] and answers.fits is None
         assert "cosine" in answers[0].why and "deviation" not in answers[0].why
+
+
+# ----------------------------------------------------------------------------------------- queries of several parts
+
+
+def jpeg_of(split, v, k=0):
+    return Path(frame_paths(split.frames_dir, split.videos[v], [split.picks[v][k]])[0]).read_bytes()
+
+
+def test_a_query_scores_the_weighted_sum_of_its_parts_own_scores(measured, index, embedder):
+    """Each with the statistics of its kind; the weights with a plus have the sum 1."""
+    split, *_ = measured
+    engine, videos = Engine(index, embedder), embedder.unpack(index.features(index.all_windows().tolist()))
+    picture, window = engine.see_picture(jpeg_of(split, 0)), int(index.all_windows()[2])
+    parts = [Part(2.0, "text", QUERIES[0]), Part(-1.5, "text", QUERIES[1]), Part(1.0, "picture", picture),
+             Part(-0.5, "window", window)]
+    own = []
+    for part in parts:
+        of = {"text": lambda p: embedder.queries([p.value]), "picture": lambda p: embedder.like(p.value),
+              "window": lambda p: embedder.like(embedder.unpack(index.features([p.value])))}[part.kind](part)
+        heard = torch.from_numpy(embedder.has_sentence(videos) & (part.kind != "picture"))[None]
+        own.append(engines.fuse(embedder.score(of, videos), heard, 0.6,
+                                index.statistics["text" if part.kind == "text" else "like"])[0])
+    expected = sum(part.weight / 3 * s for part, s in zip(parts, own))
+    [answers] = engine.search([parts], top=11)
+    assert len(answers) == len(split.videos) - 1 and answers.fits is None  # without the window that was asked for
+    assert_ranked(answers, expected, split.videos)
+    assert len({round(answer.score, 4) for answer in answers}) > 5
+    alone, other = (engine.search([query], top=11)[0] for query in (QUERIES[0], [Part(5.0, "text", QUERIES[0])]))
+    assert alone == other == engine.search([parse(f'"{QUERIES[0]}"')], top=11)[0]  # to the last bit
+
+
+def test_what_explains_an_answer_are_the_parts_that_are_looked_for(measured, index, embedder):
+    split, *_ = measured
+    engine, minus = Engine(index, embedder), Part(-1.0, "text", QUERIES[1])
+    both = [Part(1.0, "text", QUERIES[0]), Part(3.0, "text", QUERIES[2])]
+    single = [{a.window: a for a in engine.search([part.value], top=11)[0]} for part in both]
+    [answers] = engine.search([[*both, minus]], top=11)
+    for answer in answers:
+        assert sum(seen.frame_weight for seen in answer.frames) == pytest.approx(1)
+        first, second = (of[answer.window] for of in single)
+        for seen, one, two in zip(answer.frames, first.frames, second.frames):
+            assert seen.frame_weight == pytest.approx(0.25 * one.frame_weight + 0.75 * two.frame_weight)
+            assert seen.sentence_weight == pytest.approx(0.25 * one.sentence_weight + 0.75 * two.sentence_weight)
+        assert f'"{QUERIES[2]}": its frames lie' in answer.why and f'minus "{QUERIES[1]}": its frames' in answer.why
+    [mixed] = engine.search([[both[0], Part(1.0, "picture", engine.see_picture(jpeg_of(split, 0)))]], top=11)
+    for answer in mixed:  # the picture hears nothing: the sentences are weighed by the text alone
+        assert sum(seen.sentence_weight for seen in answer.frames) == pytest.approx(1)
+        assert "the picture: its frames lie" in answer.why and "the picture: its frames and" not in answer.why
+
+
+def test_candidates_of_several_parts_hold_the_exact_best(measured, index, embedder):
+    """Parts of a kind make one vector, of both kinds are united: what is found scores as exactly, the best is in."""
+    split, *_ = measured
+    engine, every = Engine(index, embedder, candidates=5), Engine(index, embedder)
+    picture = engine.see_picture(jpeg_of(split, 1))
+    for parts in ([Part(1.0, "text", QUERIES[0]), Part(-0.5, "text", QUERIES[1])],
+                  [Part(1.0, "text", QUERIES[0]), Part(0.7, "picture", picture)],
+                  [Part(-0.3, "text", QUERIES[2]), Part(1.0, "picture", picture), Part(0.5, "window", 3)]):
+        [found], [exact] = (engine.search([parts], exact=exact, top=11) for exact in (False, True))
+        assert exact == every.search([parts], top=11)[0]
+        score_of = {answer.window: answer.score for answer in exact}
+        assert 4 <= len(found) <= 10
+        assert [a.score for a in found] == pytest.approx([score_of[a.window] for a in found], abs=1e-5)
+        assert found[0].window == exact[0].window
+        union = {a.window for a in found}
+        assert [a.window for a in exact if a.window in union] == [a.window for a in found]
+    # with as many candidates as windows the two ways agree in full; what a minus pushes down is not cut off first
+    most = Engine(index, embedder, candidates=len(split.videos) - 1)
+    parts = [Part(1.0, "text", QUERIES[0]), Part(-1.0, "picture", picture)]
+    [found], [exact] = (most.search([parts], exact=exact, top=11) for exact in (False, True))
+    assert [a.window for a in found] == [a.window for a in exact[:len(found)]] and len(found) >= 10
+
+
+def test_a_picture_weighs_in_stage_one_what_it_weighs_in_a_score(index, embedder):
+    """Without a narration all of Eq. 11's weight is the frames', so beside a window its vector is longer."""
+    window = embedder.like(embedder.unpack(index.features([1])))
+    statistics = ((0.1, 0.2), (0.3, 0.05))
+    with_, without = (embedder.pool_queries(window, statistics, np.array([used])) for used in (True, False))
+    dim = with_.shape[1] // 2
+    assert without[0, :dim] == pytest.approx(with_[0, :dim] / 0.6)
+
+
+def test_parts_of_an_index_without_statistics_of_texts_are_added_as_cosines(measured, alone, tmp_path):
+    split, *_ = measured
+    store = new_store(tmp_path / "i", alone, narration=False)
+    for video, frames in zip(split.videos, pictures(split)):
+        put(store, alone, f"{video}.mp4", frames, None)
+    like = compute_statistics(store, alone, None)["like"]
+    store.statistics = {"text": like, "like": like}  # as an older version left it
+    engine = Engine(store, alone)
+    picture = engine.see_picture(jpeg_of(split, 0))
+    [answers] = engine.search([[Part(1.0, "text", QUERIES[0]), Part(1.0, "picture", picture)]], top=11)
+    assert [a.score for a in answers] == pytest.approx([a.s_video for a in answers])
+    assert "cosine" in answers[0].why and "deviation" not in answers[0].why
 
 
 # -------------------------------------------------------------------------------------------------- more like this
