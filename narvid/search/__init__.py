@@ -2,6 +2,7 @@
 
   database.py    one SQLite file: locks, threads, transactions, its errors in words
   store.py       the index on disk: what lies in that file, a transaction a video file
+  speech_store.py   what is said in the files, in the same database
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
   statistics.py  what scores are compared with: for Eq. 11, and what nonsense reaches; neutral.txt: queries for it

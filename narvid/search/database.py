@@ -162,6 +162,8 @@ class Database:
                 "readonly": f"{self._file} cannot be written: no permission",
                 "unable to open": f"{self._file} cannot be opened: no permission, or it is gone",
                 "full": f"{self._file}: the disk is full; make room, then the same command continues",
+                "no such module": f"{self._file} needs SQLite's full-text search (FTS5), which this Python's SQLite "
+                                  "lacks: use another Python, or index into a new folder",
                 "disk I/O": f"{self._file}: the disk cannot be read or written: is it full, or gone?",
             }.items():
                 if sign in str(error):

@@ -1,7 +1,8 @@
 """The index on disk: INDEX/index.db, one SQLite file. Video files, their frames and sentences, windows and features.
 
 Here: what is stored and how it is found again. Not here: locks, connections, damaged files (database.py), where the
-frames come from (build.py), what the features mean (embedding.py), which window answers a query (engine.py).
+frames come from (build.py), what the features mean (embedding.py), what is said (speech_store.py), which window
+answers a query (engine.py).
 
 One transaction a video file: a kill at any moment loses the file in hand and nothing else. One process writes, any
 number of them read, from as many threads as they like (database.py). Space of removed files is used again, but the file
@@ -15,7 +16,9 @@ Shapes: K frames of a window, P numbers of its stage-one vector, n windows.
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from narvid.search.database import VERSION, Database
+from narvid.search.speech_store import HEARD_IN, SpeechStore
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
@@ -43,9 +47,7 @@ CREATE TABLE features (window INTEGER PRIMARY KEY REFERENCES windows ON DELETE C
 """
 MARKS = """CREATE TABLE marks (file INTEGER PRIMARY KEY REFERENCES files ON DELETE CASCADE, content TEXT NOT NULL,
     recorded REAL)"""
-# marks came with version 2: an index of version 1 gets it when it is opened for writing.
-FILES = "SELECT files.*, coalesce(content, ''), recorded FROM files LEFT JOIN marks ON marks.file = files.id"
-FILES_1 = "SELECT *, '', NULL FROM files"
+# marks came with version 2, speech later: an index without them gets them when it is opened for writing.
 # pooled and features stand in tables of their own: a scan of windows reads neither, stage one reads only the first.
 
 
@@ -65,6 +67,8 @@ class File(NamedTuple):
     narration: str  # which narration it was indexed with, as build.py marks it; its column is called told
     content: str = ""  # a digest of the file, "" in an index of version 1
     recorded: float | None = None  # seconds since 1970, where the file says when it was recorded
+    speech: str = ""  # what its speech was read from, as speech_sources.py marks it; "": not looked for yet
+    speech_note: str = ""  # what is amiss in that
 
 
 class Filter(NamedTuple):
@@ -75,6 +79,7 @@ class Filter(NamedTuple):
     max_seconds: float = inf
     since: float = -inf
     until: float = inf
+    has_speech: bool = False
 
 
 EVERY = Filter()  # which leaves nothing out
@@ -110,12 +115,16 @@ class Store(Database):
 
     def __init__(self, path: str | Path, *, create: dict | None = None, read_only: bool = False):
         fill = None if create is None else partial(_fill, settings=create)
+        self.speech = SpeechStore(self)
         super().__init__(Path(path), create=fill, read_only=read_only)
         try:
-            if not read_only and not self._has_marks():
+            if not read_only and not self._has("marks"):
                 with self.transaction() as run:
                     run(MARKS)
                     run(f"PRAGMA user_version = {VERSION}")
+            if not read_only and not self.speech.exists:
+                with self.transaction() as run:
+                    SpeechStore.create(run)
         except BaseException:
             self.close()
             raise
@@ -150,6 +159,13 @@ class Store(Database):
     def change(self) -> int:
         """Rises with every committed change of files; read it before what shall be made again when it differs."""
         return self._fact("change")
+
+    @contextmanager
+    def changing(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        """A transaction after which `change` has risen."""
+        with self.transaction() as run:
+            yield run
+            _state(run, "change", self.change + 1)
 
     def count(self) -> int:
         """The number of windows."""
@@ -251,15 +267,16 @@ class Store(Database):
         return [Window(id, file, os.fsdecode(path), *times, json.loads(p)) for id, file, path, *times, p in rows]
 
     def all_windows(self, folder: str = "", min_seconds: float = 0.0, max_seconds: float = inf,
-                    since: float = -inf, until: float = inf) -> np.ndarray:
+                    since: float = -inf, until: float = inf, has_speech: bool = False) -> np.ndarray:
         """Ids (n,) int64, rising, of the windows of all files in a folder, with its subfolders, and of such a length.
 
         folder: relative to the videos folder, "" for all. The length in seconds is the file's, bounds included. since,
         until: seconds since 1970, when it was recorded, else when it was last written to; the second is excluded.
+        has_speech: only those in which something is said.
         """
         sql, values = "SELECT windows.id FROM windows", []
-        if (folder, min_seconds, max_seconds, since, until) != EVERY:
-            marked = self._has_marks()
+        if (folder, min_seconds, max_seconds, since, until, has_speech) != EVERY:
+            marked = self._has("marks")
             sql += " JOIN files ON files.id = windows.file"
             sql += " LEFT JOIN marks ON marks.file = files.id" if marked else ""
             date = "coalesce(recorded, mtime_ns / 1e9)" if marked else "mtime_ns / 1e9"
@@ -269,6 +286,8 @@ class Store(Database):
             prefix = os.fsencode("/".join(parts))
             sql += " AND path > ? AND path < ?"
             values += [prefix + b"/", prefix + b"0"]  # the byte behind the slash
+        if has_speech:
+            sql += f" AND EXISTS (SELECT 1 FROM speech WHERE {HEARD_IN})" if self.speech.exists else " AND 0"
         rows = self.all(f"{sql} ORDER BY windows.id", *values)
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
@@ -323,16 +342,22 @@ class Store(Database):
         return json.loads(rows[0][0]) if rows or not default else default[0]
 
     def _files(self) -> str:
-        return FILES if self._has_marks() else FILES_1
+        marked, speech = self._has("marks"), self.speech.exists
+        columns = "coalesce(content, ''), recorded" if marked else "'', NULL"
+        columns += ", coalesce(source, ''), coalesce(speech_of.note, '')" if speech else ""
+        joined = " LEFT JOIN marks ON marks.file = files.id" if marked else ""
+        joined += " LEFT JOIN speech_of ON speech_of.file = files.id" if speech else ""
+        return f"SELECT files.*, {columns} FROM files{joined}"
 
-    def _has_marks(self) -> bool:
-        return bool(self.all("SELECT 1 FROM sqlite_master WHERE name = 'marks'"))
+    def _has(self, table: str) -> bool:
+        return bool(self.all("SELECT 1 FROM sqlite_master WHERE name = ?", table))
 
 
 def _fill(run: Callable, settings: dict) -> None:
     """The tables of a new index."""
     for statement in (*SCHEMA.split(";"), MARKS):
         run(statement)
+    SpeechStore.create(run)
     facts = {"settings": settings, "statistics": None, "change": 0, "layout": None, "pooled": "<f2"}
     for name, value in facts.items():
         run("INSERT INTO facts VALUES (?, ?)", (name, json.dumps(value)))

@@ -210,7 +210,7 @@ def test_what_is_put_is_found_to_the_bit(tmp_path):
         assert store.settings == made | {"fps": 2.0}
         assert store.statistics == {"text": ((0.1, 1 / 3), (0.2, 1e-9)), "like": ((0.3, 0.4), None)}
         first, second = store.files()
-        assert first[1:] == ("a.mp4", 1 << 40, 1_700_000_000_123_456_789, 9.0, "", "note", "", "", None)
+        assert first[1:] == ("a.mp4", 1 << 40, 1_700_000_000_123_456_789, 9.0, "", "note", "", "", None, "", "")
         assert store.file(second.id) == second
         assert store.frames(first.id) == [(0, 0.0, None), (1, 1.1, "a 'sentence' \u4e2d\0")]
         assert [store.jpeg(first.id, n) for n in (0, 1)] == [b"jpg", b"\0\xff"]
@@ -674,7 +674,7 @@ def test_a_run_killed_before_its_statistics_measures_them_next_time(tmp_path, vi
 def test_no_room_is_said_in_a_sentence(tmp_path, videos):
     update(videos, tmp_path / "i", Fake())
     before = content(tmp_path / "i")
-    clip(videos / "z.mp4", 20)
+    clip(videos / "z.mp4", 99)
 
     def full():
         size = (tmp_path / "i" / "index.db").stat().st_size
