@@ -71,16 +71,18 @@ class Clip(NamedTuple):
     jpegs: list[bytes]
 
 
-def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE, jpegs: list | None = None) -> Clip:
+def read_video(path: str | Path, *, fps: float = 1.0, short_side: int = SHORT_SIDE, jpegs: list | None = None,
+               max_seconds: float = math.inf) -> Clip:
     """A whole video file, its frames as scripts/extract_frames.py writes them: jpgs of the same size and quality.
 
-    jpegs: what they are appended to; None: a list, in memory. InputError names a file that gives no frame.
+    jpegs: what they are appended to; None: a list, in memory. max_seconds: of a longer file no more is read. InputError
+    names a file that gives no frame.
     """
     times, jpegs, notes, end = [], [] if jpegs is None else jpegs, [], 0.0
 
     def whole():
         nonlocal end
-        for time, end, frame in timed_frames(path, math.inf, notes):
+        for time, end, frame in timed_frames(path, max_seconds, notes):
             yield time, end, frame
 
     shown = ((time, frame) for time, _, frame in _at_rate(whole(), fps))

@@ -22,5 +22,16 @@
   preview.py     a stretch of a file as an mp4 that plays while it is made
   __main__.py    the flags
 
-Nothing is imported here, so that a worker process that decodes needs no torch.
+Nothing is imported here before it is asked for, so that a worker process that decodes needs no torch. For programs:
+`from narvid.search import Client` asks a running server, and needs no torch either.
 """
+
+__all__ = ["Client"]
+
+
+def __getattr__(name: str):
+    if name == "Client":
+        from narvid.search.serving import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

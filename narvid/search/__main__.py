@@ -27,13 +27,18 @@ from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, command, count, number, positive, positive_float
 from narvid.search.answers import clock, printable
-from narvid.search.serving import Served
+from narvid.search.parts import Part, parse, parse_arguments, written
+from narvid.search.serving import Client
 from narvid.search.store import Store
 
 if TYPE_CHECKING:
     from narvid.search.answers import Answers
     from narvid.search.engine import Engine
 
+PARTS = """parts: narvid-search query INDEX "a dog on a beach" - people + 0.5*picture.jpg. Texts, pictures, clips and
+windows (window:12, the number of an answer with --json) with lone + and - between them, each with a weight before it if
+you like. In one piece, and on the lines of --queries, a text stands in quotes of its own:
+'"a dog on a beach" - "people" + 0.5*picture.jpg'"""
 WIDEST = 60  # letters of a file name in a table
 # What needs torch is imported where it is used: --help and a mistaken flag do without it.
 
@@ -66,14 +71,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "and date [size and date]")
     add("--retry", action="store_true", help="once more what could not be read, or lacks a sentence")
 
-    query = commands.add_parser("query", help="answers to a sentence, a file of them, a picture or a clip",
-                                allow_abbrev=False)
+    query = commands.add_parser("query", help="answers to a sentence, or a query of several parts",
+                                allow_abbrev=False, epilog=PARTS)
     add = query.add_argument
     add("index", type=Path, metavar="INDEX")
-    add("text", nargs="?", help="what happens in the video")
+    add("text", nargs="*", metavar="TEXT", help="what happens in the video, or parts with + and - between them")
     add("--queries", metavar="FILE", help="one a line; - is the standard input")
-    add("--picture", type=Path, metavar="FILE", help="windows that look like this picture")
-    add("--clip", type=Path, metavar="FILE", help="windows like the beginning of this video")
+    add("--picture", metavar="FILE", help="windows that look like this picture")
+    add("--clip", metavar="FILE", help="windows like the beginning of this video")
     add("--top", type=positive, default=10, help="how many answers [10]")
     add("--folder", default="", help="only videos in this folder, relative to the indexed one")
     add("--min_seconds", type=number, default=0.0, help="only videos of this length or longer")
@@ -99,7 +104,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for asking in (query, serve):
         asking.add_argument("--checkpoint", metavar="RUN", help="where the index's model lies by now")
         asking.add_argument("--tokenizer", help="where the folder of its tokenizer lies by now")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "query" and not args.text and not any(word[:1] == "-" != word for word in rest):
+        args.text, rest = rest, []  # argparse gives up the words behind a flag, where none stood before it
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     check(args, parser)
     return args
 
@@ -124,12 +133,12 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
         if args.password == "":
             parser.error("--password is empty: give one, or --open for none")
     if args.command == "query":
-        asked = [name for name in ("text", "queries", "picture", "clip") if getattr(args, name) is not None]
+        asked = [name for name in ("text", "queries", "picture", "clip") if getattr(args, name) not in (None, [])]
         if len(asked) != 1:
             parser.error('give one of "a sentence", --queries, --picture and --clip')
         if args.min_seconds > args.max_seconds:
             parser.error(f"--min_seconds {args.min_seconds:g} is more than --max_seconds {args.max_seconds:g}")
-        if args.text is not None and not args.text.strip():
+        if len(args.text) == 1 and not args.text[0].strip():
             parser.error("the sentence is empty: say what to look for")
 
 
@@ -141,7 +150,7 @@ def index_videos(args: argparse.Namespace) -> None:
     from narvid.search.build import WINDOW, update
     from narvid.search.embedding import Embedder
 
-    queries = read_queries(args.statistics_queries) if args.statistics_queries else None
+    queries = [text for _, text in read_queries(args.statistics_queries)] if args.statistics_queries else None
     captioner = None
     if args.captioner:
         captioner = LocalCaptioner(args.captioner, args.prompt)
@@ -185,33 +194,68 @@ def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
 
 def query_index(args: argparse.Namespace) -> None:
     """Print the answers to one query or many."""
-    names = ("top", "folder", "min_seconds", "max_seconds", "since", "until", "exact")
+    queries = list(asked_for(args))
+    names = ("top", "folder", "min_seconds", "max_seconds", "since", "until")
     same = {name: getattr(args, name) for name in names} | {"one_a_file": not args.moments}
-    texts = read_queries(args.queries) if args.queries else [args.text]
-    picture = read_bytes(args.picture) if args.picture else None
     with Store(args.index, read_only=True) as store:
         if not store.count():
             raise InputError(f"{args.index}: nothing is indexed yet; fill it with `python -m narvid.search index`")
         if args.folder and not len(store.all_windows(args.folder)):
             raise InputError(f"--folder {args.folder}: no indexed video lies there; give a folder below "
                              f"{store.settings['videos']}, relative to it")
-        served = None if args.exact or args.clip or args.checkpoint else Served.find(args.index)
-        engine = served or open_engine(store, args.checkpoint, args.tokenizer)
-        if picture is not None:
+        for part in (part for _, parts in queries for part in parts if part.kind == "window"):
             try:
-                found = [({"picture": str(args.picture)}, engine.like_picture(picture, **same))]
-            except InputError as error:
-                raise InputError(f"--picture {args.picture}: {error}") from error
-        elif args.clip:
-            found = [({"clip": str(args.clip)}, engine.like_clip(args.clip, **same))]
+                store.windows([part.value])
+            except KeyError:
+                raise InputError(f"window:{part.value}: the index has no such window (any more)") from None
+        served = None if args.exact or args.checkpoint else Client.find(args.index)
+        if served:
+            found = (served.search(parts, **same) for _, parts in queries)
         else:
-            found = (({"query": text}, engine.search(text, **same)) for text in texts) if served else zip(
-                ({"query": text} for text in texts), engine.search(texts, **same))
-        for asked, answers in found:
+            found = in_batches(open_engine(store, args.checkpoint, args.tokenizer), [parts for _, parts in queries],
+                               exact=args.exact, **same)
+        for (asked, parts), answers in zip(queries, found):
             if args.json:
+                if len(parts) > 1:
+                    asked |= {"parts": [part._asdict() for part in parts]}
                 print(json.dumps(asked | {"fits": answers.fits, "answers": [a.as_dict() for a in answers]}))
             else:
                 print("\n".join(table(next(iter(asked.values())), answers)))
+
+
+def asked_for(args: argparse.Namespace) -> Iterator[tuple[dict, list[Part]]]:
+    """What is asked, as --json names it, and its parts; InputError points at a mistake."""
+    if args.picture or args.clip:
+        kind = "picture" if args.picture else "clip"
+        yield {kind: getattr(args, kind)}, [Part(1.0, kind, getattr(args, kind))]
+    elif args.queries:
+        for line, text in read_queries(args.queries):
+            try:
+                parts = parse(text)
+            except InputError as error:
+                raise InputError(f"{args.queries}, line {line}: {error}") from error
+            yield {"query": text}, parts
+    else:
+        parts = parse_arguments(args.text)
+        yield {"query": written(parts)}, parts
+
+
+def in_batches(engine: Engine, queries: list[list[Part]], **same) -> Iterator[Answers]:
+    """The engine's answers to each query; the pictures and clips of a batch are read when its turn has come."""
+    from narvid.search.engine import TOGETHER
+
+    def seen(part: Part) -> Part:
+        if part.kind not in ("picture", "clip"):
+            return part
+        try:
+            value = engine.see_clip(part.value) if part.kind == "clip" else engine.see_picture(read_bytes(part.value))
+        except InputError as error:
+            raise InputError(str(error) if part.value in str(error) else f"{part.value}: {error}") from error
+        return part._replace(value=value)
+
+    for start in range(0, len(queries), TOGETHER):
+        batch = [[seen(part) for part in parts] for parts in queries[start:start + TOGETHER]]
+        yield from engine.search(batch, **same)
 
 
 def serve_index(args: argparse.Namespace) -> None:
@@ -249,21 +293,22 @@ def in_full(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
-def read_queries(name: str) -> list[str]:
-    """One query a line, blank lines left out; "-" is the standard input."""
+def read_queries(name: str) -> list[tuple[int, str]]:
+    """The number of a line and its query, blank lines left out; "-" is the standard input."""
     where, advice = "the standard input" if name == "-" else name, "give a UTF-8 file of one query a line"
     text = as_text(sys.stdin.buffer.read(), where, advice=advice) if name == "-" else read_text(name, advice=advice)
-    if not (queries := [line.strip() for line in text.split("\n") if line.strip()]):
+    queries = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not queries:
         raise InputError(f"{where} holds no query: write one a line")
     return queries
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: str) -> bytes:
     """A picture file, whole."""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"--picture {path} cannot be read ({error.strerror})") from error
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def day(text: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +17,9 @@ MAX_QUERY = 2000  # characters; CLIP reads 77 tokens
 MAX_TOP = 100
 MAX_SKIP = 10_000
 MAX_PICTURE = 20_000_000  # bytes
-BODY_SECONDS = 60.0  # that a body may take to arrive
+MAX_CLIP = 200_000_000
+BODY_SECONDS = 60.0  # that a picture may take to arrive
+CLIP_SECONDS = 300.0
 NUMBERS = {  # of all filters: the value where none is given
     "min_seconds": 0.0, "max_seconds": math.inf, "since": -math.inf, "until": math.inf}
 FILTERS = ("top", "skip", "folder", "moments", *NUMBERS)
@@ -76,24 +79,29 @@ def number_of(request: Request, name: str) -> int:
     return found
 
 
-async def body_of(request: Request, most: int = 0, what: str = "picture") -> bytes:
-    """The request's body, read no further than `most` bytes (MAX_PICTURE), and no longer than BODY_SECONDS."""
-    most = most or MAX_PICTURE
+async def body_of(request: Request) -> bytes:
+    """The picture that is a request's body."""
+    body = bytearray()
+    await read_body(request, body.extend, MAX_PICTURE, BODY_SECONDS, "picture")
+    return bytes(body)
 
-    async def read() -> bytes:
-        body = bytearray()
+
+async def read_body(request: Request, take: Callable[[bytes], object], most: int, seconds: float, what: str) -> None:
+    """Hand a request's body to `take`, no more than `most` bytes, and no longer than so many seconds."""
+    async def read() -> int:
+        size = 0
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
+            size += len(chunk)
+            if size > most:
                 raise HTTPException(413, f"the {what} is larger than {most / 1e6:g} MB; send a smaller one")
-        return bytes(body)
+            take(chunk)
+        return size
 
     try:
-        body = await asyncio.wait_for(read(), BODY_SECONDS)
+        size = await asyncio.wait_for(read(), seconds)
     except asyncio.TimeoutError:
-        raise HTTPException(408, f"the {what} did not arrive within {BODY_SECONDS:g} s") from None
+        raise HTTPException(408, f"the {what} did not arrive within {seconds:g} s") from None
     except ClientDisconnect:
         raise HTTPException(400, f"the {what} did not arrive whole") from None
-    if not body:
+    if not size:
         raise HTTPException(400, f"no {what} was sent: its bytes are the request's body")
-    return body

@@ -26,11 +26,10 @@ from torch import Tensor
 
 from narvid import InputError, fusion
 from narvid.data.frames import read_frames
-from narvid.data.videos import read_video
 from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Looked, Moment, Seen, by_file, in_words, reasons
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.parts import Part, name, scaled, sentence
-from narvid.search.reading import windows_of
+from narvid.search.reading import first_window
 from narvid.search.statistics import compute_statistics, height, of_text
 from narvid.search.store import Filter, Store, Window
 
@@ -84,6 +83,12 @@ class Engine:
         self.stages = {kind: store.candidates(embedder, kind, candidates) for kind in ("text", "like")}
         self._measured = None
 
+    @property
+    def window(self) -> tuple[float, float, int, int]:
+        """What a window of this index is: seconds, frames a second, their short side, and how many are picked."""
+        settings = self.store.settings
+        return settings["window"], settings["fps"], settings["short_side"], self.embedder.max_frames
+
     def search(self, queries: Sequence[str | list[Part]], **same) -> list[Answers]:
         """The best windows for each query, a sentence or a list of parts (parts.py); the value of a picture or a clip
         is what see_picture or see_clip makes of it.
@@ -131,11 +136,11 @@ class Engine:
 
     def see_clip(self, path: str | Path) -> NamedTuple:
         """The features of the first window of a video file; InputError names a file that cannot be read."""
-        settings = self.store.settings
-        clip = read_video(path, fps=settings["fps"], short_side=settings["short_side"])
-        _, _, picked = windows_of(clip, settings["window"], settings["fps"], self.embedder.max_frames)[0]
-        frames = read_frames([BytesIO(clip.jpegs[i]) for i in picked], self.embedder.picture)
-        return self.embedder.videos([frames])
+        return self.see_frames(first_window(path, *self.window))
+
+    def see_frames(self, jpegs: list[bytes]) -> NamedTuple:
+        """The features of a window with these frames (reading.first_window)."""
+        return self.embedder.videos([read_frames([BytesIO(jpeg) for jpeg in jpegs], self.embedder.picture)])
 
     # ----------------------------------------------------------------------------------------------------- inside
 

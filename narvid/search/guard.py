@@ -26,6 +26,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from narvid.search.serving import KEY_HEADER
+
 OTHER_SITE = "requests of other web sites are not answered"
 HOST = re.compile(r"(?P<name>[A-Za-z0-9.\-_]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 HEADERS = {
@@ -40,7 +42,7 @@ HEADERS = {
     "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'",
 }
-COOKIE, KEY_HEADER = "narvid_search", "x-narvid-key"
+COOKIE = "narvid_search"
 PUBLIC = ("/page.css",)  # what the page that asks for the password needs
 WRONG_SECONDS = 1.0
 

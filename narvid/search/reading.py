@@ -18,7 +18,7 @@ from pathlib import Path
 
 from narvid import InputError
 from narvid.data.frames import pick_frames
-from narvid.data.videos import SUFFIXES, Clip, start_worker
+from narvid.data.videos import SUFFIXES, Clip, read_video, start_worker
 
 # ---- which files ----
 
@@ -94,6 +94,13 @@ def windows_of(clip: Clip, window: float, fps: float, max_frames: int) -> list[t
         shown = frames_between(clip.times, start, end if end < clip.seconds else inf, fps)
         windows.append((start, end, [shown[i] for i in pick_frames(len(shown), max_frames)]))
     return windows
+
+
+def first_window(path: str | Path, window: float, fps: float, short_side: int, max_frames: int) -> list[bytes]:
+    """The picked frames of the first window of a video file, as jpgs; no more of the file is read."""
+    clip = read_video(path, fps=fps, short_side=short_side, max_seconds=window + 2 + 2 / fps)
+    _, _, picked = windows_of(clip, window, fps, max_frames)[0]
+    return [clip.jpegs[i] for i in picked]
 
 
 def join_alike(windows: Sequence[tuple[float, float, list[int]]],

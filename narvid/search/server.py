@@ -3,8 +3,9 @@
   GET  /, /page.css, /page.js, ...           the page; no address but this server's is ever asked for anything
   GET  /api, /openapi.json                   what a program can ask, for people and for programs
   GET  /api/about, /api/wall                 what is indexed; windows for the start page
-  GET  /api/search, /api/like                answers to a sentence, to a window
+  GET  /api/search, /api/like                answers to a sentence or a query of parts (parts.py), to a window
   GET, POST /api/picture                     answers to a picture, sent before or now
+  POST /api/query_clip                       answers to a video that is sent
   GET  /frame/FILE/NUMBER, /picture/NAME     pictures
   and those of watching.py
 
@@ -62,6 +63,7 @@ def create_app(store: Store, engine: Engine, hosts: tuple[str, ...] = names_of("
         Route("/api/search", site.search),
         Route("/api/like", site.like),
         Route("/api/picture", site.picture, methods=["GET", "POST"]),
+        Route("/api/query_clip", site.query_clip, methods=["POST"]),
         Route("/api/clip", watching.how),
         Route("/api/path", watching.path),
         Route("/api/reveal", watching.reveal, methods=["POST"]),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,14 +31,26 @@ from starlette.responses import JSONResponse, Response
 from narvid import InputError
 from narvid.data.frames import FORMATS
 from narvid.search.answers import Answer
-from narvid.search.asked import MAX_QUERY, body_of, filters, number_of, parameters, whole_number
+from narvid.search.asked import (CLIP_SECONDS, MAX_CLIP, MAX_QUERY, body_of, filters, number_of, parameters, read_body,
+                                 whole_number)
 from narvid.search.engine import Abandoned, Engine
+from narvid.search.parts import Part, parse, written
+from narvid.search.reading import first_window, read_all
 from narvid.search.store import File, Store
 
 MAX_LISTED = 1000  # folders and unreadable files that the page gets to know of
-PICTURES = 16  # that were searched by are kept for a page that is loaded again, the last ones
+KEPT = 64  # pictures and clips that were sent wait to be asked for again, the last ones
+NAME = 24  # letters of their names
 WALL = 36  # windows of the start page
 LOOK_EVERY = 0.1  # seconds between two looks whether anybody still waits
+
+
+class Sent(NamedTuple):
+    """A picture or a clip that was sent: what the engine made of it, and a small picture of it (WebP)."""
+
+    kind: str
+    value: object
+    small: bytes
 
 
 class Json(JSONResponse):
@@ -54,7 +69,8 @@ class Site:
     def __init__(self, store: Store, engine: Engine):
         self.store, self.engine = store, engine
         self.reading, self.searching = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
-        self.pictures: OrderedDict[str, bytes] = OrderedDict()
+        self.sent: OrderedDict[str, Sent] = OrderedDict()
+        self.receiving = asyncio.Semaphore(2)
 
     async def read(self, function: Callable, *args):
         """function(*args) in a thread that reads."""
@@ -69,25 +85,60 @@ class Site:
         return Json({"windows": await self.read(wall, self.store)})
 
     async def search(self, request: Request) -> Response:
-        how = filters(request, "q")
-        query = request.query_params.get("q", "").strip()
-        if not query:
+        """Answers to a sentence, or to a query of parts, pictures and clips among them that were sent before."""
+        how = filters(request, "q", "parts")
+        query, more = (request.query_params.get(name, "").strip() for name in ("q", "parts"))
+        if not query and not more:
             raise HTTPException(400, "q is missing: the sentence to search for")
-        if len(query) > MAX_QUERY:
-            raise HTTPException(400, f"q is too long: {len(query)} characters, at most {MAX_QUERY} are taken")
-        return await self._answer(request, lambda **same: self.engine.search([query], **same)[0], how, {"query": query})
+        for name, text in ("q", query), ("parts", more):
+            if len(text) > MAX_QUERY:
+                raise HTTPException(400, f"{name} is too long: {len(text)} characters, at most {MAX_QUERY} are taken")
+        try:
+            parts = parse(query, more)
+        except InputError as error:
+            raise HTTPException(400, str(error)) from None
+        head = {"query": written(parts)}
+        if len(parts) > 1 or parts[0].kind != "text":
+            head["parts"] = [{**part._asdict(), **await self._window_named(part)} for part in parts]
+        ready = [part._replace(value=self._sent(part).value) if part.kind in ("picture", "clip") else part
+                 for part in parts]
+        return await self._answer(request, lambda **same: self.engine.search([ready], **same)[0], how, head)
+
+    async def _window_named(self, part: Part) -> dict:
+        """Of a part that is a window what a page shows of it."""
+        return await self._named(part.value) if part.kind == "window" else {}
+
+    async def _named(self, window: int) -> dict:
+        try:
+            [itself] = await self.read(self.store.windows, [window])
+        except KeyError:
+            raise HTTPException(404, f"the index has no window {window} (any more)") from None
+        return {"window": window, "file": itself.file, "path": itself.path, "start": itself.start, "end": itself.end,
+                "frame": itself.picks[len(itself.picks) // 2], "frames": itself.picks}
+
+    def _sent(self, part: Part) -> Sent:
+        """What was sent under this name."""
+        found = self.sent.get(part.value)
+        if found is None or found.kind != part.kind:
+            if re.fullmatch(r"[0-9a-f]+", part.value):
+                raise HTTPException(404, f"this {part.kind} is no longer here; choose it again")
+            raise HTTPException(404, f"{part.kind} {part.value[:80]!r} was not sent: send the file first, the answer "
+                                "names it")
+        self.sent.move_to_end(part.value)
+        return found
+
+    def _keep(self, name: str, sent: Sent) -> None:
+        self.sent[name] = sent
+        self.sent.move_to_end(name)
+        while len(self.sent) > KEPT:
+            self.sent.popitem(last=False)
 
     async def like(self, request: Request) -> Response:
         how = filters(request, "window")
         window = whole_number(request.query_params.get("window", ""))
         if window is None:
             raise HTTPException(400, "window is missing, or no number: that of an answer")
-        try:
-            [itself] = await self.read(self.store.windows, [window])
-        except KeyError:
-            raise HTTPException(404, f"the index has no window {window} (any more)") from None
-        named = {"window": window, "file": itself.file, "path": itself.path, "start": itself.start, "end": itself.end,
-                 "frame": itself.picks[len(itself.picks) // 2], "frames": itself.picks}
+        named = await self._named(window)
         return await self._answer(request, partial(self.engine.like_window, window), how, {"like": named})
 
     async def picture(self, request: Request) -> Response:
@@ -95,28 +146,57 @@ class Site:
         how = filters(request, "picture")
         if request.method == "POST":
             data = await body_of(request)
-            name = hashlib.sha256(data).hexdigest()[:24]
-        else:
-            name = request.query_params.get("picture", "")
-            data = self.pictures.get(name)
-            if data is None:
-                raise HTTPException(404, "this picture is no longer here; choose it again")
+            name = hashlib.sha256(data).hexdigest()[:NAME]
+            return await self._see(request, how, "picture", name, partial(self.engine.see_picture, data), data)
+        name = request.query_params.get("picture", "")
+        part = Part(1.0, "picture", self._sent(Part(1.0, "picture", name)).value)
+        return await self._answer(request, lambda **same: self.engine.search([[part]], **same)[0], how,
+                                  {"picture": name})
+
+    async def query_clip(self, request: Request) -> Response:
+        """A video that is sent; of it the first window is looked at. It is read by a process of its own, as files are
+        when they are indexed: one on which the decoder dies costs that process.
+        """
+        how = filters(request)
+        async with self.receiving:  # few at a time: they lie on the disk while they arrive
+            with tempfile.NamedTemporaryFile(prefix="narvid_", suffix=".clip") as file:
+                digest = hashlib.sha256()
+
+                def take(chunk: bytes) -> None:
+                    digest.update(chunk)
+                    file.write(chunk)
+
+                try:
+                    await read_body(request, take, MAX_CLIP, CLIP_SECONDS, "clip")
+                    file.flush()
+                except OSError as error:
+                    raise HTTPException(507, f"the clip cannot be kept ({error.strerror})") from None
+                window, fps, short_side, max_frames = self.engine.window
+                look = partial(first_window, window=window, fps=fps, short_side=short_side, max_frames=max_frames)
+                [jpegs] = await self.read(lambda: list(read_all([file.name], look, 1)))
+        if isinstance(jpegs, InputError):
+            raise HTTPException(400, str(jpegs).replace(file.name, "the clip"))
+        see = partial(self.engine.see_frames, jpegs)
+        return await self._see(request, how, "clip", digest.hexdigest()[:NAME], see, jpegs[len(jpegs) // 2])
+
+    async def _see(self, request: Request, how: dict, kind: str, name: str, see: Callable, picture: bytes) -> Response:
+        """Answers to what was sent, which is kept for later queries; see(): its features."""
+        def search(**same):
+            value = see()
+            self._keep(name, Sent(kind, value, _small(picture)))
+            return self.engine.search([[Part(1.0, kind, value)]], **same)[0]
+
         try:
-            answer = await self._answer(request, partial(self.engine.like_picture, data), how, {"picture": name})
+            return await self._answer(request, search, how, {kind: name})
         except InputError as error:
             raise HTTPException(400, str(error)) from error
-        self.pictures[name] = data
-        self.pictures.move_to_end(name)
-        while len(self.pictures) > PICTURES:
-            self.pictures.popitem(last=False)
-        return answer
 
     async def shown_picture(self, request: Request) -> Response:
-        """A picture that was searched by, small."""
-        data = self.pictures.get(request.path_params["picture"])
-        if data is None:
+        """What was sent, small; of a clip a frame."""
+        found = self.sent.get(request.path_params["picture"])
+        if found is None:
             raise HTTPException(404, "this picture is no longer here")
-        return Response(await self.read(_small, data), media_type="image/webp")
+        return Response(found.small, media_type="image/webp")
 
     async def frame(self, request: Request) -> Response:
         file, number = number_of(request, "file"), number_of(request, "frame")

@@ -387,7 +387,7 @@ def test_the_page_for_programs_shows_every_address(opened):
     page = opened("/api")
     page.locator("#paths h2").first.wait_for()
     shown = page.locator("#paths h2").all_inner_texts()
-    assert "GET /api/search" in shown and "POST /api/picture" in shown and len(shown) == 14
+    assert "GET /api/search" in shown and "POST /api/picture" in shown and len(shown) == 15
 
 
 def test_the_time_from_a_click_to_a_picture_is_measured(served):
@@ -434,3 +434,48 @@ def test_an_empty_index_and_one_of_frames_alone_are_said(tab, index, tmp_path):
             page.locator("#notice", has_text="frames alone").wait_for()
             page.goto("about:blank")
     assert not wrong
+
+
+def test_a_picture_and_a_clip_are_combined_with_words(opened, served, tmp_path, index):
+    """Each is a chip with a sign and a weight; the address holds them all."""
+    engine, _ = served
+    Image.new("RGB", (16, 16), (0, 0, 200)).save(tmp_path / "blue.png")
+    page = opened("/?q=a+red+field")
+    cards(page)
+    page.set_input_files("#file", tmp_path / "blue.png")
+    page.locator("#parts li").first.wait_for()
+    cards(page)
+    assert engine.asked[-1][0].startswith('"a red field" + picture:')
+    page.set_input_files("#file", index.parent / "videos" / "plain.mp4")
+    page.locator("#parts li").nth(1).wait_for(timeout=60_000)  # a process is started to read it
+    page.get_by_label("like this clip; turn around").click()
+    page.get_by_label("unlike this clip").wait_for()
+    page.get_by_label("how much this clip counts").select_option("0.5")
+    page.locator("#status", has_text="“a red field” + your picture − 0.5 × your clip").wait_for()
+    assert engine.asked[-1][0].endswith(' - 0.5*clip:"4 frames"') and "parts=" in page.url
+    page.wait_for_function("() => [...document.querySelectorAll('#parts img')].every((i) => i.naturalWidth > 0)")
+    page.reload()
+    cards(page)
+    assert page.locator("#parts li").count() == 2 and page.input_value("#q") == "a red field"
+    page.fill("#q", '"a red field" - "people"')
+    page.keyboard.press("Enter")
+    page.locator("#status", has_text="“a red field” − “people” + your picture − 0.5 × your clip").wait_for()
+    page.get_by_label("take this picture out of the query").click()
+    page.locator("#status", has_text="“a red field” − “people” − 0.5 × your clip").wait_for()
+    page.get_by_label("take this clip out of the query").click()
+    page.locator("#status", has_text="“a red field” − “people”:").wait_for()
+    assert not page.locator("#parts").is_visible()
+    page.fill("#q", '"a red field" - people')
+    page.keyboard.press("Enter")
+    page.locator("#status.wrong", has_text="at character 17, people: put a text into quotes").wait_for()
+
+
+def test_a_moment_is_added_to_the_query(opened, served):
+    engine, _ = served
+    page = opened("/?q=at+night")
+    open_card(page, "old.avi").get_by_role("button", name="Add to query").click()
+    page.locator("#parts", has_text="old.avi 0:00").wait_for()
+    assert engine.asked[-1][0] == '"at night" + window:2' and page.locator("#parts img").count() == 1
+    page.get_by_label("like this window; turn around").click()
+    page.locator("#status", has_text="“at night” − old.avi 0:00").wait_for()
+    assert engine.asked[-1][0] == '"at night" - window:2'

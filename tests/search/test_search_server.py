@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from io import BytesIO
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlencode
 
 import av
 import numpy as np
@@ -33,16 +35,30 @@ from narvid import InputError
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
+from narvid.search import __main__ as commands
 from narvid.search import asked, clips, guard, server
+from narvid.search import site as sites
 from narvid.search.answers import Answer, Answers, Moment, Seen
 from narvid.search.engine import Abandoned
-from narvid.search.serving import Served, announced
+from narvid.search import Client
+from narvid.search.parts import written
+from narvid.search.reading import first_window
+from narvid.search.serving import announced
 from narvid.search.store import Store
 
 HOSTILE = "<img src=x onerror=alert(1)> & 'co' #1?.mp4"
 HOSTILE_SENTENCE = "<script>document.title='run'</script><svg onload=document.title='run'> &amp;"
 SECRET = b"the secret of another folder"
 WEIGHTS = [0.0, 0.25, 0.75, 0.0]  # of an answer's frames, at 0, 2, 4 and 6 s
+
+
+def name_of(parts):
+    """The one text of a query; of several parts, or another, how it is written."""
+    if len(parts) == 1 and parts[0].kind == "text":
+        return parts[0].value
+    if len(parts) == 1 and parts[0].weight == 1:
+        return f"{parts[0].kind} of {parts[0].value}"
+    return written(parts)
 
 
 class FakeEngine:
@@ -52,9 +68,12 @@ class FakeEngine:
         self.store, self.asked, self.go_on, self.running = store, [], threading.Event(), []
         self.embedder = SimpleNamespace(frames_alone="no captioner: frames alone are searched")
 
-    def search(self, queries, *, top, folder, min_seconds, max_seconds, skip=0, since=-inf, until=inf, wanted=None,
-               one_a_file=True):
-        [query] = queries
+    def search(self, queries, **same):
+        return [self.found(query, **same) for query in queries]
+
+    def found(self, parts, *, top, folder, min_seconds, max_seconds, skip=0, since=-inf, until=inf, wanted=None,
+              one_a_file=True, exact=False):
+        query = parts if isinstance(parts, str) else name_of(parts)
         self.since, self.one_a_file = (since, until), one_a_file
         self.asked.append((query, top, folder, min_seconds, max_seconds))
         if query == "slow":
@@ -73,7 +92,7 @@ class FakeEngine:
         ids = [] if query == "none" else self.store.all_windows(folder, min_seconds, max_seconds, since, until)
         answers = Answers([self.answer(rank, w) for rank, w in enumerate(self.store.windows(ids), 1)][skip:skip + top])
         answers.total, answers.fits = len(ids), query != "gibberish"
-        return [answers]
+        return answers
 
     def like_window(self, window, **same):
         answers = self.search([f"like {window}"], **same)[0]
@@ -81,12 +100,20 @@ class FakeEngine:
         answers.total -= 1
         return answers
 
-    def like_picture(self, data, **same):
+    window = (4.0, 1.0, 32, 6)
+
+    def see_picture(self, data):
         try:
             Image.open(BytesIO(data)).load()
         except OSError:
             raise InputError("the picture cannot be read: give a whole jpg or png") from None
-        return self.search([f"picture of {len(data)} bytes"], **same)[0]
+        return f"{len(data)} bytes"
+
+    def see_clip(self, path):
+        return f"{len(first_window(path, *self.window))} frames"
+
+    def see_frames(self, jpegs):
+        return f"{len(jpegs)} frames"
 
     def answer(self, rank, window):
         frames = [Seen(*frame, weight, weight) for frame, weight in zip(self.store.frames(window.file), WEIGHTS)]
@@ -552,21 +579,135 @@ def test_a_query_to_a_running_server_needs_no_torch(site):
 
 def test_a_query_is_answered_by_the_running_server(site, tmp_path):
     index = Path(site.store.path)
-    assert Served.find(index) is None
-    how = {"folder": "sub", "min_seconds": 0.0, "max_seconds": inf, "since": -inf, "until": inf, "exact": False,
-           "one_a_file": True}
+    assert Client.find(index) is None
+    how = {"folder": "sub", "min_seconds": 0.0, "max_seconds": inf, "since": -inf, "until": inf, "one_a_file": True}
     with announced(index, f"http://127.0.0.1:{site.port}/", "key"):
         assert (index / "serving.json").stat().st_mode & 0o777 == 0o600
-        found = Served.find(index).search("a red field", top=1, **how)
+        found = Client.find(index).search("a red field", top=1, **how)
         assert site.engine.asked[-1] == ("a red field", 1, "sub", 0.0, inf)
         assert found == site.engine.search(["a red field"], top=1, folder="sub", min_seconds=0.0, max_seconds=inf)[0]
         assert found.fits is True and found.total == 2
         with pytest.raises(InputError, match="written by another process"):
-            Served.find(index).search("busy", top=1, **how)
+            Client.find(index).search("busy", top=1, **how)
     assert not (index / "serving.json").exists()
     (index / "serving.json").write_text('{"address": "http://127.0.0.1:1/", "key": "x"}')  # of one that was killed
-    assert Served.find(index) is None
+    assert Client.find(index) is None
     (index / "serving.json").unlink()
+
+
+# ---- queries of several parts ----
+
+
+def png(colour, name=None):
+    picture = BytesIO()
+    Image.new("RGB", (8, 8), colour).save(picture, "PNG")
+    if name:
+        name.write_bytes(picture.getvalue())
+    return picture.getvalue()
+
+
+def test_words_pictures_and_clips_make_one_query(site):
+    """Pictures and clips by the names under which they were sent; what is wrong is said where it stands."""
+    sent = png("red")
+    picture = site.json("/api/picture?top=1", "POST", sent)[1]["picture"]
+    status, found = site.json("/api/query_clip?top=2", "POST", (site.videos / "plain.mp4").read_bytes())
+    assert status == 200 and len(found["answers"]) == 2
+    assert site.engine.asked[-1][0] == "clip of 4 frames"  # 4 s of its 8: a window of this index, at 1 a second
+    clip = found["clip"]
+    assert site.ask(f"/picture/{clip}")[2][8:12] == b"WEBP"
+    query = f'"a dog" - "people" + 0.5*picture:{picture} - clip:{clip} + window:2'
+    status, found = site.json("/api/search?" + urlencode({"q": query, "top": 3}))
+    assert status == 200 and found["query"] == query and len(found["answers"]) == 3
+    expected = f'"a dog" - "people" + 0.5*picture:"{len(sent)} bytes" - clip:"4 frames" + window:2'
+    assert site.engine.asked[-1][0] == expected
+    assert [(part["kind"], part["weight"]) for part in found["parts"]] == [
+        ("text", 1), ("text", -1), ("picture", 0.5), ("clip", -1), ("window", 1)]
+    assert found["parts"][4]["path"] == "sub/old.avi" and found["parts"][4]["frames"] == [0, 1, 2, 3]
+    status, found = site.json("/api/search?" + urlencode({"q": "a - b", "parts": f"- picture:{picture}"}))
+    assert found["query"] == f'"a - b" - picture:{picture}'
+    assert "parts" not in site.json("/api/search?q=a+-+b")[1]
+    for query, code, said in (('"a" - people', 400, "at character 7, people: put a text into quotes"),
+                              ('- "a"', 400, "has a minus"), ('"a" + window:99', 404, "no window 99"),
+                              ('"a" + picture:abcdef', 404, "no longer here"), ('"a" + b.jpg', 404, "was not sent"),
+                              (f'"a" + clip:{picture}', 404, "this clip is no longer here")):
+        status, answer = site.json("/api/search?" + urlencode({"q": query}))
+        assert status == code and said in answer["error"]
+
+
+def test_the_command_line_takes_parts_as_arguments_and_as_lines(site, monkeypatch, capsys, tmp_path):
+    """By itself and through a server: the same; flags may stand anywhere."""
+    monkeypatch.setattr(commands, "open_engine", lambda *_: site.engine)
+    index, sent, clip = site.store.path, len(png("red", tmp_path / "a b.png")), site.videos / "plain.mp4"
+    asked = ["a dog", "-", "people", "+", f"0.5*{tmp_path}/a b.png", "-", str(clip), "+", "window:2"]
+    written_out = (f'"a dog" - "people" + 0.5*picture:"{tmp_path}/a b.png" - clip:"{clip}" + window:2')
+    (tmp_path / "queries.txt").write_text(f'a - b\n\n"a dog" - "people"\n"a" + picture:"{tmp_path}/a b.png"\n')
+    with announced(Path(index), f"http://127.0.0.1:{site.port}/", "key"):
+        monkeypatch.setattr(commands.Client, "find", classmethod(lambda cls, _: Client(f"127.0.0.1:{site.port}")))
+        for exact in ([], ["--exact"]):  # which a server is not asked for
+            commands.main(["query", str(index), *exact, "--json", "--top", "2", *asked])
+            said = json.loads(capsys.readouterr().out)
+            assert said["query"] == written_out and len(said["answers"]) == 2
+            assert [part["kind"] for part in said["parts"]] == ["text", "text", "picture", "clip", "window"]
+            assert site.engine.asked[-1][0].startswith(f'"a dog" - "people" + 0.5*picture:"{sent} bytes" - clip:"4 fr')
+            commands.main(["query", str(index), "--queries", str(tmp_path / "queries.txt"), "--json", *exact])
+            lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            assert [line["query"] for line in lines][:2] == ["a - b", '"a dog" - "people"'] and "parts" not in lines[0]
+            searched = [query for query, *_ in site.engine.asked if not query.startswith("picture of")]  # being sent
+            assert searched[-3:-1] == ["a - b", '"a dog" - "people"']
+            assert searched[-1] == f'"a" + picture:"{sent} bytes"'
+            commands.main(["query", str(index), "--picture", str(tmp_path / "a b.png"), *exact])
+            assert capsys.readouterr().out.startswith(f"{tmp_path}/a b.png\n")
+            (tmp_path / "bad.txt").write_text('a\n\n"b" - c\n')
+            (tmp_path / "text.png").write_text("no picture")
+            for arguments, said in ((["a", "dog"], "put the sentence into quotes"), (["-", "a"], "has a minus"),
+                                    (["a", "+", "nan*b"], "nan is no weight"),
+                                    (["a", "+", "window:99"], "the index has no such window"),
+                                    (["a", "+", "gone.jpg"], "gone.jpg cannot be read"),
+                                    (["a", "-", str(tmp_path / "text.png")], "text.png: the picture cannot be read"),
+                                    (["--queries", str(tmp_path / "bad.txt")], "bad.txt, line 3: the query, at char")):
+                with pytest.raises(SystemExit, match=said) as error:
+                    commands.main(["query", str(index), *exact, *arguments])
+                assert "\n" not in str(error.value)
+
+
+def test_clips_that_are_none_and_too_large_ones_are_refused(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for body in (b"no video at all", b"#EXTM3U\n#EXTINF:1\n/etc/passwd\n"):
+        status, answer = site.json("/api/query_clip", "POST", body)
+        assert status == 400 and "the clip" in answer["error"] and str(tmp_path) not in answer["error"]
+    monkeypatch.setattr(sites, "MAX_CLIP", 1000)
+    status, answer = site.json("/api/query_clip", "POST", (site.videos / "plain.mp4").read_bytes())
+    assert status == 413 and "larger than 0.001 MB" in answer["error"]
+    assert site.json("/api/query_clip", "POST", b"")[0] == 400 and not list(tmp_path.iterdir())
+
+
+def test_a_client_sends_what_a_query_names(site, tmp_path):
+    client = Client(f"127.0.0.1:{site.port}")
+    sent = png("blue", tmp_path / "my picture.png")
+    found = client.search(f'"a field" + 2*picture:"{tmp_path}/my picture.png" - {site.videos}/plain.mp4', top=3,
+                          one_a_file=False)
+    assert [a.rank for a in found] == [1, 2, 3] and site.engine.one_a_file is False
+    assert f'picture:"{len(sent)} bytes" - ' in site.engine.asked[-1][0] and "4 frames" in site.engine.asked[-1][0]
+    name = client.send(tmp_path / "my picture.png")
+    assert len(client.search(f'"a" - picture:{name}')) == 4
+    with pytest.raises(InputError, match="missing.jpg cannot be read"):
+        client.search(f'"a" + {tmp_path}/missing.jpg')
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="text.png: the picture cannot be read"):
+        client.search(f'"a" + {tmp_path}/text.png')
+    for address in ("http://127.0.0.1:1", "ftp://x", "http://"):
+        with pytest.raises(InputError, match="does not answer|is no address"):
+            Client(address)
+
+
+def test_a_client_gives_the_password(site, monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_SECONDS", 0.1)
+    with running(server.create_app(site.store, site.engine, password="open sesame", key="the key")) as port:
+        assert len(Client(f"http://127.0.0.1:{port}", "open sesame").search("x")) == 4
+        assert len(Client(f"http://127.0.0.1:{port}", key="the key").search("x")) == 4
+        for password, said in (("wrong", "this is not its password"), (None, "give the password first")):
+            with pytest.raises(InputError, match=said):
+                Client(f"http://127.0.0.1:{port}", password)
 
 
 # ---- at the same time ----

@@ -12,6 +12,7 @@ function openAnswer(number) {
   const moment = { path: answer.path, file: answer.file, start: answer.start, end: answer.end, words: answer.words };
   const detail = makeDetail(answer, {
     like: () => go({ like: answer.window }),
+    combine: () => goParts(wordsOf(), [...partsOf(), { sign: "+", by: 1, kind: "window", value: String(answer.window) }]),
     choose: () => toggleChosen(moment),
     isChosen: () => isChosen(moment),
     say: (text) => { detail.said.textContent = text; },

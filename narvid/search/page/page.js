@@ -42,23 +42,37 @@ function go(changes) {
   show();
 }
 
+// What the address asks for beside words: pictures, clips, windows; an address of before has one picture alone.
+function partsOf(values = new URLSearchParams(shown)) {
+  if (values.get("like")) return [{ sign: "+", by: 1, kind: "window", value: values.get("like") }];
+  return readParts(values.get("parts") || (values.get("picture") ? "+ picture:" + values.get("picture") : ""));
+}
+
+const wordsOf = () => byId("q").value.trim();
+
+function goParts(q, parts) {
+  const [only] = parts;
+  if (!q && !parts.length) go({});
+  else if (!q && parts.length === 1 && only.kind === "picture" && only.sign === "+") go({ picture: only.value });
+  else go({ q, parts: writeParts(parts) });
+}
+
 function remember() {
   if (seen.has(shown)) seen.get(shown).scroll = scrollY;
 }
 
 async function request(address, skip, signal) {
   const values = new URLSearchParams(address);
-  const known = ["q", "like", "picture", "folder", "min_seconds", "max_seconds", "since", "until", "moments"];
+  const known = ["q", "parts", "like", "picture", "folder", "min_seconds", "max_seconds", "since", "until", "moments"];
   for (const name of [...values.keys()]) if (!known.includes(name)) values.delete(name);
   let path = "/api/search?";
   if (values.has("like")) {
     path = "/api/like?";
     values.set("window", values.get("like"));
-    values.delete("q");
-    values.delete("picture");
+    for (const name of ["q", "parts", "picture"]) values.delete(name);
   } else if (values.has("picture")) {
     path = "/api/picture?";
-    values.delete("q");
+    for (const name of ["q", "parts"]) values.delete(name);
   }
   values.delete("like");
   values.set("top", AT_ONCE);
@@ -85,7 +99,7 @@ async function show() {
   shown = address;
   if (asked) asked.abort();
   fillForm(new URLSearchParams(address));
-  if (!/[?&](q|like|picture)=./.test(address)) { busy(false); result = null; showStart(); return; }
+  if (!/[?&](q|parts|like|picture)=./.test(address)) { busy(false); result = null; showStart(); return; }
   const known = seen.get(address);
   if (known) { busy(false); showResult(known); scrollTo(0, known.scroll); return; }
   const mine = asked = new AbortController();
@@ -93,7 +107,7 @@ async function show() {
   try {
     const { answers, ...head } = await request(address, 0, mine.signal);
     seen.set(address, { head, answers, scroll: 0 });
-    if (head.query !== undefined) noteQuery(head.query);
+    if (head.query !== undefined && !/[?&]parts=./.test(address)) noteQuery(head.query);
     showResult(seen.get(address));
     scrollTo(0, 0);
     setTimeout(moreIfNear, 50);
@@ -136,6 +150,7 @@ function busy(is) {
 
 function fillForm(values) {
   if (byId("q").value.trim() !== (values.get("q") || "")) byId("q").value = values.get("q") || "";
+  showParts(values.get("like") ? [] : partsOf(values));
   choose(byId("folder"), values.get("folder") || "");
   const length = (values.get("min_seconds") || "") + "-" + (values.get("max_seconds") || "");
   choose(byId("length"), length === "-" ? "" : length);
@@ -149,6 +164,14 @@ function fillForm(values) {
   const narrowed = Object.values(filterValues()).filter(Boolean).length;
   byId("clear").hidden = !narrowed;
   byId("more_filters").textContent = narrowed ? "Filters (" + narrowed + ")" : "Filters";
+}
+
+// named: what the server said of each, once it has answered.
+function showParts(parts, named) {
+  byId("parts").hidden = !parts.length;
+  byId("parts").replaceChildren(...parts.map((part, n) => makePart(part, named && named[n], (changed) => {
+    goParts(wordsOf(), parts.map((other, m) => (m === n ? changed : other)).filter(Boolean));
+  })));
 }
 
 // A value that a shared link brings along and the list lacks is added to it.
@@ -225,8 +248,9 @@ function showResult(known) {
   clear();
   result = known;
   const { head, answers } = known;
-  const what = head.query !== undefined ? "“" + head.query + "”" : head.like
+  const what = head.parts ? inWords(head.parts) : head.query !== undefined ? "“" + head.query + "”" : head.like
     ? visible(head.like.path) + ", " + clock(head.like.start) + "–" + clock(head.like.end) : "your picture";
+  if (head.parts) showParts(partsOf(), head.parts.filter((part) => part.kind !== "text"));
   document.title = what + " · NarVid search";
   showSource(head, answers);
   if (!answers.length) {
@@ -286,18 +310,20 @@ function showAbout() {
     ...(index.failures > index.failed.length ? [make("li", "", "…")] : []));
 }
 
-// ---- pictures, and the rest, once ----
+// ---- pictures and clips, and the rest, once ----
 
-async function searchPicture(file) {
+async function sendPart(file) {
   if (!file) return;
   closeAnswer();
   if (asked) asked.abort();
   const mine = asked = new AbortController();
   busy(true);
   try { // the server keeps it, so that it can be asked for by its name, also after a reload
-    const { picture } = await fetched("/api/picture?top=1", { method: "POST", body: file, signal: mine.signal });
-    byId("q").value = "";
-    go({ picture });
+    const kind = file.type.startsWith("video/") || /\.(mkv|mts|m2ts|ts|flv|avi|vob)$/i.test(file.name) ? "clip" : "picture";
+    const found = await fetched(kind === "clip" ? "/api/query_clip?top=1" : "/api/picture?top=1",
+      { method: "POST", body: file, signal: mine.signal });
+    const others = /[?&]like=./.test(shown) ? [] : partsOf();
+    goParts(wordsOf(), [...others, { sign: "+", by: 1, kind, value: found[kind] }]);
   } catch (error) {
     if (error.name === "AbortError") return;
     clear();
@@ -309,16 +335,18 @@ async function searchPicture(file) {
 const again = () => { // of a filter: the same question again, with it
   const values = new URLSearchParams(location.search);
   const [name] = ["like", "picture", "q"].filter((key) => values.get(key));
-  if (name) go({ [name]: values.get(name) });
+  if (name) go({ [name]: values.get(name), ...(name === "q" && values.get("parts") ? { parts: values.get("parts") } : {}) });
+  else if (values.get("parts")) go({ parts: values.get("parts") });
   else fillForm(new URLSearchParams(addressOf({})));
 };
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const query = byId("q").value.trim();
-  if (!query) { byId("q").focus(); return; }
+  const parts = /[?&]like=./.test(shown) ? [] : partsOf();
+  if (!query && !parts.length) { byId("q").focus(); return; }
   if (matchMedia("(pointer: coarse)").matches) byId("q").blur(); // the phone's keyboard makes room
-  seen.delete(addressOf({ q: query }));
-  go({ q: query });
+  seen.delete(addressOf({ q: query, parts: writeParts(parts) }));
+  goParts(query, parts);
 });
 for (const id of ["folder", "length", "since", "until", "moments"]) byId(id).addEventListener("change", again);
 byId("clear").addEventListener("click", () => {
@@ -332,7 +360,7 @@ byId("more_filters").addEventListener("click", () => {
 byId("more").addEventListener("click", showMore);
 addEventListener("scroll", moreIfNear, { passive: true });
 byId("by_picture").addEventListener("click", () => byId("file").click());
-byId("file").addEventListener("change", () => { searchPicture(byId("file").files[0]); byId("file").value = ""; });
+byId("file").addEventListener("change", () => { sendPart(byId("file").files[0]); byId("file").value = ""; });
 byId("help").addEventListener("click", () => byId("keys").showModal());
 document.addEventListener("keydown", onKey);
 document.addEventListener("dragover", (event) => { event.preventDefault(); byId("drop").hidden = false; });
@@ -340,10 +368,10 @@ document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) by
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   byId("drop").hidden = true;
-  searchPicture(event.dataTransfer.files[0]);
+  sendPart(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) { event.preventDefault(); searchPicture(event.clipboardData.files[0]); }
+  if (event.clipboardData.files.length) { event.preventDefault(); sendPart(event.clipboardData.files[0]); }
 });
 addEventListener("popstate", () => { remember(); closeAnswer(); show(); });
 history.scrollRestoration = "manual";

@@ -110,6 +110,40 @@ function makeWallCard(window_, like) {
   return make("li", "card", null, button);
 }
 
+// ---- a picture, a clip or a window of the query, beside its words ----
+
+const PART = /([+-])\s*(?:([0-9.]+)\*)?(picture|clip|window):(\w+)/g;
+const readParts = (text) => [...text.matchAll(PART)].map(([, sign, by, kind, value]) => ({ sign, by: Number(by || 1), kind, value }));
+const writeParts = (parts) => parts.map((part) => part.sign + " " + (part.by === 1 ? "" : part.by + "*") + part.kind + ":"
+  + part.value).join(" ");
+
+// named: what the server said of it, where it has answered; change: called with what shall stand in its place, or null.
+function makePart(part, named, change) {
+  const image = part.kind !== "window" ? make("img") : named ? makePicture(named.file, named.frame) : null;
+  const name = part.kind === "window" ? named ? fileOf(named.path) + " " + clock(named.start) : "moment" : part.kind;
+  if (part.kind !== "window") {
+    image.alt = "";
+    image.src = "/picture/" + part.value;
+  }
+  const sign = makeButton(part.sign === "+" ? "+" : "−", () => change({ ...part, sign: part.sign === "+" ? "-" : "+" }));
+  sign.setAttribute("aria-label", (part.sign === "+" ? "like" : "unlike") + " this " + part.kind + "; turn around");
+  const by = make("select");
+  by.setAttribute("aria-label", "how much this " + part.kind + " counts");
+  for (const value of [...new Set([0.25, 0.5, 1, 2, 4, part.by])].sort((a, b) => a - b)) by.add(new Option("× " + value, value));
+  by.value = part.by;
+  by.addEventListener("change", () => change({ ...part, by: Number(by.value) }));
+  const drop = makeButton("✕", () => change(null), "plain");
+  drop.setAttribute("aria-label", "take this " + part.kind + " out of the query");
+  return make("li", "", null, sign, by, image, make("span", "", name), drop);
+}
+
+// The parts of a query in words, as the server says them.
+function inWords(parts) {
+  return parts.map((part, n) => (part.weight < 0 ? "− " : n ? "+ " : "") + (Math.abs(part.weight) === 1 ? "" :
+    Math.abs(part.weight) + " × ") + (part.kind === "text" ? "“" + part.value + "”" : part.kind === "window"
+    ? visible(fileOf(part.path)) + " " + clock(part.start) : "your " + part.kind)).join(" ");
+}
+
 // ---- an open answer ----
 
 function makeScreen(answer) {
@@ -260,12 +294,14 @@ function makeMoments(answer, video) {
   return make("div", "both", null, make("h3", "", plural(answer.more, "more moment") + " in this file" + more), row);
 }
 
-// acts: { like, choose, isChosen, say }
+// acts: { like, combine, choose, isChosen, say }
 function makeDetail(answer, acts, local) {
   const detail = make("div", "detail");
   const [figure, video] = makeScreen(answer);
   const like = makeButton("More like this", acts.like);
   like.title = "Windows whose frames" + (answer.s_narration === null ? "" : " and sentences") + " resemble this one's";
+  const combine = makeButton("Add to query", acts.combine);
+  combine.title = "Look for what you wrote and for moments like this one, together";
   const choose = makeButton("Choose", () => choose.setAttribute("aria-pressed", acts.choose()));
   choose.setAttribute("aria-pressed", acts.isChosen());
   choose.title = "Collect moments for an EDL or CSV";
@@ -273,7 +309,7 @@ function makeDetail(answer, acts, local) {
   save.href = "/cut/" + answer.file + "?" + new URLSearchParams({ start: answer.start, end: answer.end });
   save.download = "";
   save.title = clock(answer.start) + " to " + clock(answer.end) + " as an mp4";
-  const row = make("p", "acts", null, like, choose, save);
+  const row = make("p", "acts", null, like, combine, choose, save);
   if (local) {
     row.append(makeButton("Copy path", async () => {
       const answer_ = await (await fetch("/api/path?file=" + answer.file)).json();
