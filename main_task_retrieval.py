@@ -311,12 +311,10 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
         train_epochs(parts, progress, args, world, run, save=partial(save, "last.pt"), select=select, heed=heed)
     except (Stopped, RuntimeError) as end:
         # What was interrupted, a step before its update or an evaluation, had changed nothing yet.
-        if signals.number and "DataLoader worker" in str(end):  # the signal went to them too; missed between two steps
-            end = Stopped(signals.number)
         if isinstance(end, Stopped) or distributed.is_lost(end):
             write("last.pt")
             end.saved = f"last.pt holds epoch {progress['epoch'] + 1}, step {progress['step']}"
-        raise end
+        raise
     if args.select_on == "last":
         with signals.at_once():  # best.pt holds the weight that is chosen on val
             result = evaluate(model, splits, "val", args, world, run) if args.fusion_weight == ON_VAL else None
@@ -382,7 +380,11 @@ def train_one_epoch(model, parts: Training, progress: dict, args, world, run: Ru
     epoch, sampler = progress["epoch"], parts.sampler
     sampler.set(epoch, progress["step"])
     parts.loader.dataset.epoch.fill_(epoch)
-    batches, interval = iter(parts.loader), Interval(world.device)
+    try:
+        batches = iter(parts.loader)
+    except RuntimeError as error:  # a worker died at its start: of a signal to the whole group, or of itself
+        heed(error)
+    interval = Interval(world.device)
     steps = tqdm(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,
                  desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=world.rank > 0)
     for step in steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from narvid import InputError
@@ -44,8 +43,7 @@ def readings(names: Sequence[str], narrations: Mapping[str, Narration], tokenize
     for name in names:
         try:
             model = find_model(name)
-            own = model.folder if model.folder and Path(model.folder, "tokenizer_config.json").exists() else None
-            of_model = Tokenizer(model.config["text_cfg"], tokenizer or (str(own) if own else None))
+            of_model = Tokenizer(model.config["text_cfg"], tokenizer or model.tokenizer)
             lengths, bar = [], tqdm(total=len(texts), desc=name, unit="sentence", delay=2, leave=False)
             for start in range(0, len(texts), AT_ONCE):
                 lengths += of_model.lengths(texts[start : start + AT_ONCE])

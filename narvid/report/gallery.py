@@ -34,6 +34,7 @@ from narvid.metrics import text_to_video_ranks
 from narvid.methods import METHODS
 from narvid.progress import tqdm
 from narvid.run.build import build_model, encoding_of, load_data
+from narvid.run.same_run import OF_DATA
 from narvid.run.settings import DEFAULT_METHOD, ON_VAL, build_parser, parse_args
 from narvid.report.runs import final_of, read_config, read_ranks, read_results
 
@@ -41,8 +42,8 @@ TEMPLATE = Path(__file__).with_name("gallery.html")
 TILE = 112  # pixels: side of a frame on the page
 TITLES = 5  # of a video are shown, where a method reads titles
 # Said on this command's line, of another machine's disk, or of training alone: not taken from config.yaml.
-NOT_TAKEN = ("data_dir", "frames", "narrations", "speech", "titles", "checkpoint", "config", "output_dir", "eval_only",
-             "select_on", "resume", "cache_frames", "tensorboard")
+NOT_TAKEN = (*OF_DATA, "checkpoint", "config", "output_dir", "eval_only", "select_on", "resume", "cache_frames",
+             "tensorboard")
 
 
 class Measured(NamedTuple):

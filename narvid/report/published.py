@@ -19,7 +19,7 @@ from pathlib import Path
 from narvid.files import read_yaml
 from narvid.flags import as_argv
 from narvid.methods import METHODS
-from narvid.run.same_run import FREE_TO_CHANGE
+from narvid.run.same_run import FREE_TO_CHANGE, OF_DATA, OF_START
 from narvid.run.settings import DEFAULT_METHOD, build_parser, flags_of, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]  # of the clone, with configs/ and runs/
@@ -29,7 +29,7 @@ DIRECTIONS = {"T2V": "text_to_video", "V2T": "video_to_text"}
 # when results are averaged.
 FREE = {*FREE_TO_CHANGE, "frames", "missing_narration", "seed", "deterministic", "grad_checkpointing", "select_on",
         "eval_every", "eval_batch_size", "dsl_scale", "qb_norm_queries", "ndcg", "save_similarity"}
-PATHS = ("data_dir", "narrations", "speech", "titles", "clip_model", "clip_pretrained", "tokenizer")
+PATHS = tuple(flag for flag in (*OF_DATA, *OF_START) if flag not in ("frames", "checkpoint"))
 
 
 @dataclass

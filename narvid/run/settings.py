@@ -26,8 +26,8 @@ runs/msrvtt. The same under torchrun, on CPUs or GPUs."""
 DEFAULT_METHOD = "narvid"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = "unknown"  # what chose the epoch of weights that do not say it
-# Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
 ON_VAL = "val"  # as --fusion_weight: chosen on the val split; best.pt holds the number that was chosen
+# Flags outside the groups "model" and the method's that a checkpoint brings back: its features and scores need them.
 OF_A_CHECKPOINT = ("sentence", "max_words", "max_frames", "fusion_weight", "recipe", "precision")
 
 

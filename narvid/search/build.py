@@ -30,11 +30,12 @@ from narvid.data.videos import SHORT_SIDE
 from narvid.progress import tqdm
 from narvid.search.answers import printable
 from narvid.search.database import NAME
+from narvid.search.engine import measure_level
 from narvid.search.reading import find_videos, join_alike, read_all
 from narvid.search.store import File, Store
 from narvid.search.sentences import NO_SENTENCE, Narrator
 from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
-from narvid.search.statistics import compute_statistics, measure_level
+from narvid.search.statistics import compute_statistics
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder

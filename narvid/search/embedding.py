@@ -27,11 +27,11 @@ from narvid.methods.clip4clip import mean_pool
 from narvid.methods.protocol import names_of
 from narvid.model import Queries, Videos, place_frames
 from narvid.retriever import Retriever
+from narvid.run.same_run import OF_START
 from narvid.run.settings import named
 
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is used
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
-FREE = ("checkpoint", "clip_model", "clip_pretrained", "tokenizer")  # settings that say where a model's files lie
 
 
 class Embedder:
@@ -86,7 +86,7 @@ class Embedder:
         """
         here, there = ({**of, **of.get("flags", {}), "number format": number_format(of)}
                        for of in (self.settings, settings))
-        names = [k for k in here if k not in (*FREE, "flags", "eval_precision") and here[k] != there.get(k)
+        names = [k for k in here if k not in (*OF_START, "flags", "eval_precision") and here[k] != there.get(k)
                  and (k in there or k == "weights")]
         if names:
             differences = ", ".join(f"{k} {_short(there.get(k))} there, {_short(here[k])} here" for k in names[:3])

@@ -30,7 +30,7 @@ from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Looked, Moment
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.parts import Part, name, scaled, sentence
 from narvid.search.reading import first_window
-from narvid.search.statistics import compute_statistics, height, of_text
+from narvid.search.statistics import JUDGED_FROM, SHARE, compute_statistics, height, nonsense, of_text
 from narvid.search.store import Filter, Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
@@ -293,6 +293,17 @@ class Engine:
                     of["narration"][:len(frames)] if of else 1 / has_sentence.sum())
         at_sentence /= narrated or 1.0
         return [Seen(*frame, float(a), float(b)) for frame, a, b in zip(frames, at_frame, at_sentence)]
+
+
+def measure_level(store: Store, embedder: Embedder) -> float | None:
+    """The height (`height`) above which an answer to a text fits, by what nonsense reaches in this very index.
+
+    None where there are too few windows to say.
+    """
+    if store.count() < JUDGED_FROM:
+        return None
+    heights = [answers.height for answers in Engine(store, embedder).rows(nonsense())]
+    return float(np.quantile([h for h in heights if h is not None] or [np.nan], 1 - SHARE))
 
 
 def fuse(scores: dict[str, Tensor], both: Tensor, weight: float, statistics: ViewStatistics) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from io import BytesIO
@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from narvid import InputError
 from narvid.data.decoding import open_video
 from narvid.data.videos import read_video
-from narvid.files import unwritable
+from narvid.files import read_parts, unwritable
 from narvid.search.reading import windows_of
 
 FOLDER = "reading"  # in the index folder; emptied at every start
@@ -126,18 +125,9 @@ def for_looking(jpeg: bytes) -> bytes:
 def content_of(path: str | Path) -> str:
     """A digest of the whole file: the same wherever it lies and whatever it is called."""
     digest = hashlib.blake2b(digest_size=20)
-    for part in _parts(path):
+    for part in read_parts(path):
         digest.update(part)
     return digest.hexdigest()
-
-
-def _parts(path: str | Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while part := file.read(2**22):
-                yield part
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def recorded_at(path: str | Path) -> float | None:

@@ -66,19 +66,6 @@ def nonsense(seed: int = 0) -> list[str]:
     return [" ".join(word() for _ in range(rng.randint(3, 9))) for _ in range(NONSENSE)]
 
 
-def measure_level(store: Store, embedder: Embedder) -> float | None:
-    """The height (`height`) above which an answer to a text fits, by what nonsense reaches in this very index.
-
-    None where there are too few windows to say.
-    """
-    from narvid.search.engine import Engine  # which reads this file
-
-    if store.count() < JUDGED_FROM:
-        return None
-    heights = [answers.height for answers in Engine(store, embedder).rows(nonsense())]
-    return float(np.quantile([h for h in heights if h is not None] or [np.nan], 1 - SHARE))
-
-
 def height(fused: np.ndarray) -> float | None:
     """How high the best of a query's row of scores (n,) stands; None among too few.
 

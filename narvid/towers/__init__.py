@@ -54,9 +54,7 @@ def load_towers(name: str, pretrained: str | None = None, *, quick_gelu: bool | 
     pictures = weights.pictures or model.pictures
     if state is not None and pictures is None:
         note_on_pictures(model)
-    if tokenizer is None and model.folder and (model.folder / "tokenizer_config.json").exists():
-        tokenizer = str(model.folder)
-    config = config_of(model, bool(chosen), pictures or {}, tokenizer)
+    config = config_of(model, bool(chosen), pictures or {}, tokenizer or model.tokenizer)
     towers = build_towers(config, half=half)
     if state is not None:
         load_towers_weights(towers, state, source=weights.path)

@@ -33,6 +33,11 @@ class Model(NamedTuple):
     pictures: dict | None  # keys of LIKE_OPENAI; None: nothing says it
     folder: Path | None  # with weights, and perhaps with a tokenizer
 
+    @property
+    def tokenizer(self) -> str | None:
+        """The folder, where it holds a tokenizer."""
+        return str(self.folder) if self.folder and (self.folder / "tokenizer_config.json").exists() else None
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -146,7 +151,7 @@ def exists_with_quick_gelu(model: Model) -> bool:
 
 
 def _pictures_of_tags(name: str) -> dict | None:
-    """What all weights of a model agree on; else what OpenAI's use, and a note that says who differs."""
+    """What all tagged weights of a model agree on; None where they differ, or there are none."""
     tags = {tag: _pictures(tag, get_pretrained_cfg(name, tag)) for tag in list_pretrained_tags_by_model(name)}
     different = {str(pictures) for pictures in tags.values()}
     if len(different) == 1:

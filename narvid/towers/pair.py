@@ -80,13 +80,10 @@ class Towers(nn.Module):
             self.visual.conv1 = PatchProduct(self.visual.conv1.weight)
         for name, values in (("pixel_mean", config.mean), ("pixel_std", config.std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
-        text = config.text_cfg
-        self.pool = "hub" if text.get("hf_model_name") else "cls" if text.get("embed_cls") else text.get(
-            "pool_type", "argmax")  # which place of a text is its feature
+        self.tokenizer = Tokenizer(config.text_cfg, config.tokenizer, config.tokenizer_digest)
+        self.pool, self.cuts_text = self.tokenizer.pool, not self.tokenizer.whole
         if self.pool == "cls":  # CoCa: a class token behind the padding
             self.text.output_tokens = True
-        self.tokenizer = Tokenizer(text, config.tokenizer, config.tokenizer_digest)
-        self.cuts_text = not self.tokenizer.whole
 
     # ---- what they are ----
 
@@ -273,13 +270,8 @@ class Towers(nn.Module):
         if self.pool == "argmax":
             return tokens.argmax(dim=1)  # the end token has the largest id
         if self.pool == "eos":
-            return (tokens == self.of_text_end).int().argmax(dim=1)
+            return (tokens == self.tokenizer.end_id).int().argmax(dim=1)
         return torch.full_like(tokens[:, 0], 0 if self.pool == "first" else tokens.shape[1] - 1)
-
-    @property
-    def of_text_end(self) -> int:
-        """Id of the end token where the config names it."""
-        return self.config.text_cfg.get("eos_id", 2)
 
     def _read(self, tokens: Tensor) -> Tensor:
         """tokens (N, T) -> the text transformer's (N, T, width)."""

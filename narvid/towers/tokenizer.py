@@ -35,12 +35,13 @@ class Tokenizer:
         self.source = source or text_cfg.get("hf_tokenizer_name")
         self.options = dict(text_cfg.get("tokenizer_kwargs") or {})
         self.context_length, self.vocab_size = text_cfg.get("context_length", 77), text_cfg.get("vocab_size", 49408)
-        pool = "cls" if text_cfg.get("embed_cls") else text_cfg.get("pool_type", "argmax")
-        of_hub = "hf_model_name" in text_cfg  # such towers mask their padding and pool as their makers say
-        self.pools_end = pool in ("argmax", "eos") and not of_hub
-        self.end_id = text_cfg.get("eos_id", 2) if pool == "eos" else None
+        # Which place of a text is its feature; hub: towers that mask their padding and pool as their makers say.
+        self.pool = "hub" if text_cfg.get("hf_model_name") else "cls" if text_cfg.get("embed_cls") else text_cfg.get(
+            "pool_type", "argmax")
+        self.pools_end = self.pool in ("argmax", "eos")
+        self.end_id = text_cfg.get("eos_id", 2) if self.pool == "eos" else None
         # A tower that sees behind the last word: its texts are always read in full length.
-        self.whole = not of_hub and (bool(text_cfg.get("no_causal_mask")) or pool not in ("argmax", "eos"))
+        self.whole = self.pool != "hub" and (bool(text_cfg.get("no_causal_mask")) or not self.pools_end)
         self.expected, self._loaded = digest, None
 
     def __getstate__(self) -> dict:

@@ -26,10 +26,10 @@ from narvid.search import engine as engines
 from narvid.search import stage_one
 from narvid.search.answers import Seen, in_words
 from narvid.search.embedding import Embedder
-from narvid.search.engine import Engine, compute_statistics
+from narvid.search.engine import Engine, compute_statistics, measure_level
 from narvid.search.parts import Part, parse, sentence
 from narvid.search.stage_one import StageOne
-from narvid.search.statistics import NEUTRAL, height, measure_level, nonsense
+from narvid.search.statistics import NEUTRAL, height, nonsense
 from narvid.search.store import Store
 from narvid.towers import load_towers
 
@@ -374,7 +374,8 @@ def test_an_abandoned_search_ends(index, embedder):
 
 
 def test_what_fits_stands_higher_than_nonsense(measured, index, embedder, monkeypatch):
-    monkeypatch.setattr("narvid.search.statistics.JUDGED_FROM", 5)
+    for read_in in ("statistics", "engine"):
+        monkeypatch.setattr(f"narvid.search.{read_in}.JUDGED_FROM", 5)
     level = measure_level(index, embedder)
     heights = [a.height for a in Engine(index, embedder).rows(nonsense())]
     assert len(heights) == 64 and level == pytest.approx(np.quantile(heights, 0.5))

@@ -112,7 +112,7 @@ def test_rates_fall_by_depth(corpus, tmp_path, name):
     assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
     plain = optim.build_optimizer(model, recipe="modern", lr=1e-3, clip_lr=1e-2, weight_decay=0.2)
     assert [group["name"] for group in plain.param_groups] == ["clip_no_decay", "clip_decay", "heads_no_decay",
-                                                               "heads_decay"] or len(plain.param_groups) == 4
+                                                               "heads_decay"]
 
 
 @pytest.mark.parametrize("name", [None, *tiny.OTHER_TOWERS])
