@@ -10,8 +10,9 @@ Not here: which frames they belong to (speech.py), speech that nobody has writte
 
 from __future__ import annotations
 
+import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from html import unescape
 from itertools import pairwise
@@ -30,7 +31,7 @@ TEXT_FILES = (".srt", ".vtt", ".ass", ".ssa", ".json")
 LONGEST = 10.0  # seconds that a line without an end stays, at most
 TOUCHING = 0.1  # seconds between a line and the next, at most, for the two to be one that rolls
 ROLLING = 1 / 3  # share of neighbours that repeat a line from which on a file is taken for one that rolls
-PICTURES = ("dvd_subtitle", "dvdsub", "hdmv_pgs_subtitle", "pgssub", "dvb_subtitle", "dvbsub", "xsub", "dvb_teletext")
+TEXT_TRACKS = ("mov_text", "subrip", "srt", "webvtt", "text", "ass", "ssa")  # codecs; others are pictures of letters
 
 
 class Timed(NamedTuple):
@@ -233,10 +234,7 @@ def _is_time(value: object) -> bool:
 def _of_video(path: Path, language: str | None) -> list[Timed]:
     container, picture = open_video(path)
     with container:
-        if container.streams.subtitles and int(av.__version__.split(".")[0]) < 18:
-            raise InputError(f"{path}: text tracks inside a video need av 18 (Python 3.11), av {av.__version__} loses "
-                             "cues; name a file of subtitles")
-        tracks = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name not in PICTURES]
+        tracks = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in TEXT_TRACKS]
         if language is not None:
             tracks = [s for s in tracks if s.language and s.language.lower()[:2] == language.lower()[:2]]
         if not tracks:
@@ -253,21 +251,17 @@ def _of_video(path: Path, language: str | None) -> list[Timed]:
                     continue
                 start = float(packet.pts * packet.time_base) - origin
                 length = float((packet.duration or 0) * packet.time_base)
-                text = "\n".join(_ass_text(line) for line in _decoded(packet))
+                text = _of_packet(bytes(packet), track.codec_context.name)
                 cues.append((start, start + length if length else None, _without_tags(text)))
     starts = [start for start, _, _ in cues] + [float("inf")]
     return [Timed(start, min(after, start + LONGEST) if end is None else end, text)
             for (start, end, text), after in zip(cues, starts[1:], strict=True)]
 
 
-def _decoded(packet) -> Iterator[str]:
-    """The text of a packet, in ASS's form, whose ninth field it is; nothing where it is broken."""
-    try:
-        subtitles = packet.decode()
-    except av.FFmpegError:
-        return
-    for subtitle in subtitles:
-        for line in [subtitle] if hasattr(subtitle, "ass") else subtitle:
-            if raw := getattr(line, "ass", None):
-                raw = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
-                yield raw.split(",", 8)[-1]
+def _of_packet(payload: bytes, codec: str) -> str:
+    """The text of a cue, as its track carries it; FFmpeg's decoders lose cues in av 17."""
+    if codec == "mov_text":  # a length, the text, and boxes of styles
+        payload = payload[2:2 + int.from_bytes(payload[:2], "big")]
+    marked = payload[:2] in (codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE)
+    text = payload.decode("utf-16" if marked else "utf-8", errors="replace").replace("\r\n", "\n")
+    return _ass_text(text.split(",", 8)[-1]) if codec in ("ass", "ssa") else text
