@@ -23,6 +23,8 @@ from narvid.distributed import World
 from narvid.files import read_json, read_parts
 from narvid.methods import METHODS
 from narvid.run.settings import DEFAULT_METHOD, flags_of
+from narvid.towers.architectures import CONFIG as OF_OPEN_CLIP
+from narvid.towers.architectures import HUB
 
 # Flags that may differ between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = ("config", "resume", "output_dir", "num_workers", "cache_frames", "feature_cache", "log_every",
@@ -57,7 +59,8 @@ def identity_of(args: argparse.Namespace, splits: dict[str, Split], world: World
     machine = {"processes": world.size, "threads": torch.get_num_threads(), "device": world.device.type,
                "torch": str(torch.__version__)}
     data = {f"{name}'s {what}": digest for name, split in splits.items() for what, digest in _digests(split).items()}
-    start = {f"--{name}": _content(name, getattr(args, name)) for name in OF_START} if world.rank == 0 else {}
+    start = {f"--{name}": _content(name, getattr(args, name)) for name in OF_START
+             if name != "tokenizer"} if world.rank == 0 else {}  # the towers' config knows that one by its content
     return {"settings": json.loads(json.dumps(settings)), "data": data, "start": start, "machine": machine}
 
 
@@ -82,11 +85,16 @@ def _content(flag: str, name: str | None) -> str | None:
     """What weights or a model config are known by: a file's digest, or the name under which open_clip has them."""
     if name is None:
         return None
+    if Path(name, OF_OPEN_CLIP).is_file():  # a folder as the hub has them: how pictures are made, and the weights
+        weights = sorted(path for kind in ("safetensors", "bin") for path in Path(name).glob(f"*.{kind}"))
+        config = json.dumps(read_json(Path(name, OF_OPEN_CLIP)), sort_keys=True).encode()
+        return _digest([config, *(part for path in weights for part in read_parts(path))])
     if Path(name).is_dir():  # a run's, or an exported model
         name = next((str(path) for path in (Path(name, "best.pt"), Path(name, "model.safetensors")) if path.is_file()),
                     name)
-    if not Path(name).is_file():
-        return GONE if flag == "checkpoint" or Path(name).suffix else name  # open_clip's names have no dot
+    if not Path(name).is_file():  # open_clip's names have no dot and, but for the hub's, no slash
+        gone = flag == "checkpoint" or Path(name).suffix or "/" in name and not name.startswith(HUB)
+        return GONE if gone else name
     if name.endswith(".json"):
         return _digest([json.dumps(read_json(name), sort_keys=True).encode()])
     return _digest(read_parts(name))
@@ -107,7 +115,11 @@ def check(folder: Path, state: dict, identity: dict, args: argparse.Namespace) -
     check_settings(folder, before["settings"], args)
     gone = [name for name, value in identity["start"].items() if value == GONE]
     identity["start"] |= {name: before["start"].get(name) for name in gone}
-    then, now = before["data"] | before["start"], identity["data"] | identity["start"]
+    # Versions before knew a folder by its path, and so a tokenizer.
+    identity["start"] |= {f"--{name}": getattr(args, name) for name in OF_START
+                          if getattr(args, name) and before["start"].get(f"--{name}") == getattr(args, name)}
+    start = {name: value for name, value in before["start"].items() if name in identity["start"]}
+    then, now = before["data"] | start, identity["data"] | identity["start"]
     differ = [name for name in then | now if then.get(name) != now.get(name)]
     if differ:
         changes = ", ".join(f"{name} {then.get(name)} there, {now.get(name)} here" for name in differ[:4])

@@ -58,7 +58,7 @@ def load_towers(name: str, pretrained: str | None = None, *, quick_gelu: bool | 
     towers = build_towers(config, half=half)
     if state is not None:
         load_towers_weights(towers, state, source=weights.path)
-        scale = math.exp(float(towers.logit_scale))
+        scale = math.exp(towers.logit_scale.item())
         towers.config = replace(config, scale_limit=scale if scale > 100.01 else 100.0)
     elif not config.text_cfg.get("hf_model_name"):
         # open_clip's N(0, 0.02) is made for 10^5 steps: with it, texts stay nearly alike for the first hundreds

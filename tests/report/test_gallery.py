@@ -172,6 +172,21 @@ def test_two_runs_stand_side_by_side_from_moved_data(gallery, weights, tmp_path,
     assert len(some[0]["tiles"]) == 4 and some[0]["sentences"] is None and len(some[1]["tiles"]) == 6
 
 
+@pytest.mark.parametrize("name", tiny.OTHER_TOWERS)
+def test_a_run_over_other_towers_is_shown_with_the_ranks_it_wrote_down(corpus, tmp_path, name):
+    """Their own tokenizer, pictures of another size and mean; all of it is found again from the run alone."""
+    trainer.main(tiny.flags(corpus, tmp_path / "run", *tiny.towers_of(corpus, name), "--epochs", 1, "--select_on",
+                            "last"))
+    make_gallery.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "page")])
+    data = page_data(tmp_path / "page")
+    lines = [list(make_gallery.read_ranks(tmp_path / "run", matrix)[1]) for matrix in ("S_qv", "S_fusion")]
+    assert [query["ranks"] for query in data["queries"]] == [list(pair) for pair in zip(*lines)]
+    assert len({tuple(query["ranks"]) for query in data["queries"]}) > 3  # and they say something
+    for query in data["queries"]:
+        answers = query["answers"][1]
+        assert [a["rank"] for a in answers if a["video"] == query["right"]] == [query["ranks"][1]]
+
+
 def test_mistakes_are_one_sentence(gallery, tmp_path):
     _, run, page = gallery
     (tmp_path / "mine").mkdir()

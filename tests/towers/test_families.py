@@ -7,6 +7,8 @@ N frames or texts, T tokens of a text, D joint dimension.
 """
 
 import copy
+import json
+import re
 import warnings
 
 import numpy as np
@@ -19,6 +21,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 
 from narvid.data.frames import read_frames
+from narvid.run import optim
 from narvid.towers import ClipConfig, architectures, build_towers, config_of, load_towers
 from narvid.towers.weights import load_towers_weights
 
@@ -187,6 +190,56 @@ def test_every_parameter_has_its_depth(name):
     if name in ("PE-Core, EVA02, ViTamin", "SigLIP", "OpenAI"):
         blocks = {n: depth for n, (depth, _) in depths.items() if "blocks." in n}
         assert all(f"blocks.{depth - 1}." in n for n, depth in blocks.items())
+
+
+def test_first_blocks_of_a_real_timm_tower_are_frozen_by_name():
+    """PE-Core T, 12 blocks: what --freeze_layers 2 and --train_towers last 2 leave to train, written out."""
+    model = architectures.find_model("PE-Core-T-16-384")
+    with torch.device("meta"):
+        towers = build_towers(config_of(model, False, model.pictures, None))
+    parts = {re.sub(r"^visual\.trunk\.(blocks\.\d+|[^.]+).*", r"\1", n): p for n, p in towers.named_parameters()
+             if n.startswith("visual.")}
+    outputs = {"norm", "attn_pool", "head"}
+    inputs = {"patch_embed", "pos_embed", "cls_token", "norm_pre"} & parts.keys()
+    assert parts.keys() == {f"blocks.{n}" for n in range(12)} | inputs | outputs and "pos_embed" in inputs
+
+    def trained():
+        sets = {part: {p.requires_grad for n, p in towers.named_parameters() if n.startswith(f"visual.trunk.{part}.")
+                       or n == f"visual.trunk.{part}"} for part in parts}
+        assert all(len(of_part) == 1 for of_part in sets.values())  # a part is trained or is not
+        return {part for part, of_part in sets.items() if of_part == {True}}
+
+    optim.freeze(towers, 2)
+    assert trained() == outputs | {f"blocks.{n}" for n in range(2, 12)}
+    optim.freeze_but_last(towers, 2)
+    assert trained() == outputs | {"blocks.10", "blocks.11"}
+    text = {n.split(".")[3] for n, p in towers.named_parameters() if p.requires_grad and ".resblocks." in n}
+    assert text == {"10", "11"} and not towers.text.token_embedding.weight.requires_grad
+
+
+# ---- texts of very unlike length ----
+
+
+def test_texts_of_3_and_of_64_tokens_in_one_batch_of_siglip(corpus):
+    """Each as open_clip reads it alone; what stands behind the short one's end is seen by the tower, and no word."""
+    config = json.loads((corpus / "siglip.json").read_text())
+    text = config["text_cfg"] | {"context_length": 64}
+    model = architectures.Model("small", config | {"text_cfg": text}, None, None)
+    theirs = lively(CustomTextCLIP(64, config["vision_cfg"], text))
+    towers = build_towers(config_of(model, False, {}, str(corpus / "tokenizer"))).eval()
+    load_towers_weights(towers, theirs.state_dict(), source="their state dict")
+    tokens, mask = towers.tokenize(["red blue", "very red " * 50], 64)
+    ids = json.loads((corpus / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    long = [ids["very"], ids["red"]] * 32
+    assert tokens.tolist() == [[ids["red"], ids["blue"]] + [ids["</s>"]] * 62, long[:63] + [ids["</s>"]]]
+    assert mask.sum(dim=1).tolist() == [2, 63]
+    with torch.no_grad():
+        eos, words = towers.encode_text(tokens)
+        want = torch.cat([theirs.encode_text(row[None], normalize=False) for row in tokens])
+        alone = torch.cat([towers.encode_text(row[None])[1] for row in tokens])
+    torch.testing.assert_close(eos, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(words, alone, rtol=1e-5, atol=1e-5)
+    assert (eos[0] - eos[1]).abs().max() > 0.1
 
 
 # ---- all models ----

@@ -4,16 +4,18 @@ tests/test_distributed.py has their first step on two ranks.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 import main_task_retrieval as trainer
 from narvid import InputError, Retriever
 from narvid.run import optim
-from narvid.towers import Towers, compile_blocks, load_towers
+from narvid.towers import Towers, architectures, compile_blocks, load_towers
 from narvid.towers import __main__ as towers_command
 from narvid.data.frames import pick_frames, read_frames
 from narvid.run.build import build_model
@@ -154,6 +156,101 @@ def test_a_checkpoint_under_the_name_of_other_towers_is_refused(corpus, tmp_path
     with pytest.raises((InputError, SystemExit), match="checkpoint of another model"):
         trainer.main(of(corpus, tmp_path / "again", "siglip", "--eval_only", "--checkpoint",
                         tmp_path / "run" / "best.pt"))
+
+
+def clip_folder(corpus, folder, **pictures):
+    """The tiny CLIP as the hub has such models: config, weights, and how its pictures are made."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny.CLIP, "preprocess_cfg": pictures}))
+    torch.manual_seed(0)
+    save_file(load_towers(str(corpus / "clip.json")).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def broken_run(argv, monkeypatch):
+    """Of two steps the first is taken and saved."""
+    step, taken = trainer.train_step, []
+
+    def one(*args, **options):
+        taken.append(1)
+        if len(taken) == 2:
+            raise MemoryError("no room")
+        return step(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(trainer, "train_step", one)
+        trainer.main(argv)
+
+
+def test_a_run_goes_on_only_with_the_pictures_that_it_began_with(corpus, tmp_path, monkeypatch):
+    """By content: the folder of its model may move; the same weights with other pictures are another model."""
+    def argv(folder, run="run"):
+        return tiny.flags(corpus, tmp_path / run, "--clip_model", folder, "--epochs", 1, "--select_on", "last",
+                          "--resume", "auto", "--save_every", 1)
+
+    folder = clip_folder(corpus, tmp_path / "one", mean=[0.5] * 3)
+    trainer.main(argv(folder, "whole"))
+    broken_run(argv(folder), monkeypatch)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    for n, other in enumerate(({}, {"mean": [0.5] * 3, "resize_mode": "squash"}, {"mean": [0.5] * 3, "std": [0.5] * 3},
+                               {"mean": [0.5] * 3, "interpolation": "bilinear"})):
+        with pytest.raises(SystemExit, match="its run read something else .--clip_model ") as refused:
+            trainer.main(argv(clip_folder(corpus, tmp_path / f"other{n}", **other)))
+        assert "\n" not in str(refused.value)
+        assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    (folder / "README.md").write_text("what its makers say of it")
+    folder.rename(tmp_path / "elsewhere")
+    trainer.main(argv(tmp_path / "elsewhere"))
+    whole, went_on = (torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("whole", "run"))
+    assert all(torch.equal(value, went_on["model"][key]) for key, value in whole["model"].items())
+    assert whole["clip_config"] == went_on["clip_config"] and whole["clip_config"]["mean"] == (0.5,) * 3
+
+
+def test_a_run_whose_folders_are_gone_goes_on(corpus, tmp_path, monkeypatch):
+    """last.pt has the weights, and knows how pictures are made; the tokenizer is asked for."""
+    folder = clip_folder(corpus, tmp_path / "one", resize_mode="squash")
+    argv = tiny.flags(corpus, tmp_path / "run", "--clip_model", folder, "--epochs", 1, "--select_on", "last",
+                      "--resume", "auto", "--save_every", 1)
+    broken_run(argv, monkeypatch)
+    folder.rename(tmp_path / "gone")
+    trainer.main(argv)
+    assert "--clip_model: no longer there, and not needed" in (tmp_path / "run" / "log.txt").read_text()
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["clip_config"]["resize"] == "squash"
+
+
+def test_a_run_goes_on_with_its_tokenizer_at_another_place_and_with_no_other(corpus, tmp_path, monkeypatch):
+    def argv(tokenizer):
+        return tiny.flags(corpus, tmp_path / "run", "--clip_model", corpus / "siglip.json", "--tokenizer", tokenizer,
+                          "--epochs", 1, "--select_on", "last", "--resume", "auto", "--save_every", 1)
+
+    broken_run(argv(corpus / "tokenizer"), monkeypatch)
+    moved, other = (shutil.copytree(corpus / "tokenizer", tmp_path / name) for name in ("moved", "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="is another tokenizer than the one the model was trained with"):
+        trainer.main(argv(other))
+    trainer.main(argv(moved))
+
+
+@pytest.mark.parametrize("of_other", [{"mean": (0.5,) * 3}, {"std": (0.3,) * 3}, {"resize_mode": "squash"}], ids=str)
+def test_a_run_is_not_continued_with_another_tag_of_the_same_architecture(corpus, tmp_path, monkeypatch, of_other):
+    path = clip_folder(corpus, tmp_path / "weights") / "open_clip_model.safetensors"
+    tags = {"one": {"url": "here"}, "other": {"url": "here", **of_other}}
+    monkeypatch.setattr(architectures, "get_pretrained_cfg", lambda name, tag: tags.get(tag))
+    monkeypatch.setattr(architectures, "download_pretrained", lambda tag: str(path))
+
+    def argv(tag):
+        return tiny.flags(corpus, tmp_path / "run", "--clip_pretrained", tag, "--epochs", 1, "--select_on", "last",
+                          "--resume", "auto", "--save_every", 1)
+
+    broken_run(argv("one"), monkeypatch)
+    with pytest.raises(SystemExit, match="--clip_pretrained one there, other here"):
+        trainer.main(argv("other"))
+    trainer.main(argv("one"))
+    kept = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["clip_config"]
+    assert (kept["mean"], kept["resize"]) == (tuple(tiny.clip.ClipConfig(**tiny.CLIP).mean), "shortest")
 
 
 def test_more_words_than_the_text_tower_reads_are_refused(corpus, tmp_path):
