@@ -3,7 +3,7 @@
   python scripts/make_pictures.py method                                  # the drawing, nothing else is needed
   python scripts/make_pictures.py --run runs/demo --index demo/index      # all, after scripts/demo.sh and its index
 
-method.svg    the two streams, and the joint between what has parameters and what has none
+method.svg    the two streams, and the joint between what is trained and what has no weights
 gallery.png   one answer of the gallery: frames, sentences, and the weights that the filter gives them
 demo.png      the demo's loss and its table
 search.png    the search page with one query
@@ -54,7 +54,7 @@ BOXES = [  # x, y, width, height, fill, first line, second line
     (602, 196, 112, 56, PURE, "filter", "weights by cosine"),
     (746, 60, 112, 56, PURE, "coarse + fine", "S_qv (B, V)"),
     (746, 196, 112, 56, PURE, "coarse + fine", "S_qn (B, V)"),
-    (890, 60, 130, 86, "#fdeaea", "training", "NCE of each view", "+ CVH of both"),
+    (890, 60, 130, 86, "#fdeaea", "training", "NCE of each view", "+ hard negatives"),
     (890, 166, 130, 86, "#f3f3dd", "evaluation", "standardise, add", "(Eq. 11), rank"),
 ]
 ARROWS = [  # points of each line; the last one has the head
@@ -76,18 +76,18 @@ def method_svg() -> str:
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} '
              'font-family="Helvetica, Arial, sans-serif" role="img" aria-label="NarVid: frames and narration are '
-             'enhanced once per video; the query meets both behind the joint">',
+             'enhanced once per video, before the joint; the query meets both after it">',
              '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto">'
              '<path d="M0,0 L7,3 L0,6 z" fill="#444"/></marker></defs>',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>']
-    parts += [_text(20, 28, "above the joint: parameters, one item at a time", size=15, weight="bold"),
-              _text(20, 46, "encoded once, whatever is asked", colour="#555"),
-              _text(602, 28, "below: pairs, pure functions", size=15, weight="bold"),
+    parts += [_text(20, 28, "before the joint: trained, one item at a time", size=15, weight="bold"),
+              _text(20, 46, "each video and each query is encoded once", colour="#555"),
+              _text(602, 28, "after it: pairs, formulas alone", size=15, weight="bold"),
               _text(602, 46, "the same ones in training and in evaluation", colour="#555"),
               f'<line x1="{JOINT}" y1="14" x2="{JOINT}" y2="{HEIGHT - 14}" stroke="#b03030" stroke-width="2" '
               'stroke-dasharray="7 5"/>',
               _text(JOINT + 8, HEIGHT - 18, "the joint", colour="#b03030", weight="bold"),
-              _text(20, HEIGHT - 18, "K frames and sentences of a video, D joint dimension, B queries, V videos",
+              _text(20, HEIGHT - 18, "K frames and sentences of a video, D width of all features, B queries, V videos",
                     colour="#555")]
     for points in [*ARROWS, *LINES]:
         path = " ".join(f"{x},{y}" for x, y in points)

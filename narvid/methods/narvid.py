@@ -1,4 +1,4 @@
-"""NarVid as a method: its flags, and what stands below the joint put together with them (matching, loss, filter).
+"""NarVid as a method: its flags, and what it does with queries and videos together (filter, matching, loss).
 
 The model is narvid/model.py, the formulas narvid/similarity.py and narvid/losses.py.
 
@@ -118,7 +118,7 @@ class NarVid(Method, model.NarVid):
         parameter, words = FILTERS[flags.filter]
         return words.format(parameter and getattr(flags, parameter))
 
-    # ---- below the joint ----
+    # ---- queries and videos together ----
 
     @staticmethod
     def filter_options(flags) -> dict:
