@@ -9,6 +9,7 @@
   parts.py       a query of parts: texts, pictures, clips, windows, signs and weights
   engine.py      query -> candidates (stage one) -> exact scores (stage two, evaluation's own functions) -> answers
   answers.py     an answer: a file with its best moment, in words, and why
+  folders.py     the folders of an index, where a file lies
   reading.py     which files, windows; worker processes without torch
   spool.py       a file read by such a process: its frames wait on disk
   sentences.py   the sentences of frames: a captioner, a narration file, or none

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -26,13 +27,15 @@ from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.flags import Parser, command, count, number, positive, positive_float
-from narvid.search.answers import clock, printable
+from narvid.progress import tqdm
+from narvid.search.answers import as_dict, clock, printable
+from narvid.search.folders import folders_of, place
 from narvid.search.parts import Part, parse, parse_arguments, written
 from narvid.search.serving import Client
 from narvid.search.store import Store
 
 if TYPE_CHECKING:
-    from narvid.search.answers import Answers
+    from narvid.search.answers import Answer, Answers
     from narvid.search.engine import Engine
 
 PARTS = """parts: narvid-search query INDEX "a dog on a beach" - people + 0.5*picture.jpg. Texts, pictures, clips and
@@ -51,7 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     index = commands.add_parser("index", help="a folder of videos -> an index, made or brought up to date",
                                 allow_abbrev=False)
     add = index.add_argument
-    add("videos", type=Path, metavar="VIDEOS", help="folder of video files, searched with its subfolders")
+    add("videos", type=Path, nargs="+", metavar="VIDEOS", help="folder of video files, searched with its subfolders; "
+        "or several: those that the index has and that are not named stay as they are")
     add("--out", type=Path, required=True, metavar="INDEX", help="the index, a folder of its own")
     add("--checkpoint", metavar="RUN", help="a run, an exported folder, or a released NarVid file [plain CLIP]")
     add("--clip_model", help="open_clip name, .json or folder, of plain towers or of a released file [the index's; "
@@ -69,6 +73,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "mean and deviation [the narration's own sentences]")
     add("--check", choices=["content"], help="content: read every file whole, to find what changed and kept its size "
         "and date [size and date]")
+    add("--forget", action="append", default=[], metavar="FOLDER", help="take this folder out of the index; may be "
+        "given again")
+    add("--watch", action="store_true", help="stay, and index what comes, changes and goes until Ctrl-C")
+    add("--every", type=positive_float, metavar="SECONDS", help="between two looks of --watch [5]")
     add("--retry", action="store_true", help="once more what could not be read, or lacks a sentence")
 
     query = commands.add_parser("query", help="answers to a sentence, or a query of several parts",
@@ -123,6 +131,10 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
             parser.error("--server and --model go together: the address, and the model's name there")
         if args.prompt and not (args.captioner or args.server):
             parser.error("--prompt is the captioner's: give --captioner or --server too, or leave it out")
+        if args.every and not args.watch:
+            parser.error("--every is of --watch: give it too, or leave it out")
+        if args.watch and (args.retry or args.check or args.forget):
+            parser.error("--watch goes without --retry, --check and --forget: run them once before")
         if args.checkpoint and args.clip_pretrained:
             parser.error("--clip_pretrained is for plain CLIP; --checkpoint brings its weights: leave one out")
     if args.command == "serve":
@@ -147,7 +159,7 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
 
 def index_videos(args: argparse.Namespace) -> None:
     """Make an index of a folder of videos, or bring it up to date."""
-    from narvid.search.build import WINDOW, update
+    from narvid.search.build import EVERY, WINDOW, update, watch
     from narvid.search.embedding import Embedder
 
     queries = [text for _, text in read_queries(args.statistics_queries)] if args.statistics_queries else None
@@ -163,15 +175,29 @@ def index_videos(args: argparse.Namespace) -> None:
         name, pretrained = towers_of(args)
     embedder = Embedder.load(args.checkpoint, clip_model=in_full(name), clip_pretrained=in_full(pretrained),
                              tokenizer=in_full(args.tokenizer), narration=narrated)
-    report = update(args.videos, args.out, embedder, captioner=captioner, narrations=args.narrations,
-                    window=args.window or WINDOW, fps=args.fps, statistics_queries=queries, retry=args.retry,
-                    check_content=args.check == "content",
-                    workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    how = {"captioner": captioner, "narrations": args.narrations, "window": args.window or WINDOW, "fps": args.fps,
+           "statistics_queries": queries,
+           "workers": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}
+    if args.watch:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            watch(args.videos, args.out, embedder, every=args.every or EVERY, say=said_at, **how)
+        except KeyboardInterrupt:
+            said_at(f"stopped; {args.out} is whole")
+        return
+    report = update(args.videos, args.out, embedder, retry=args.retry, check_content=args.check == "content",
+                    forget=args.forget, **how)
     moved = f" ({report.moved} moved or renamed)" if report.moved else ""
     print(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.unchanged} as before"
           f"{moved}, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
     print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
           f"{args.out}")
+
+
+def said_at(line: str) -> None:
+    """A line, with the time."""
+    tqdm.write(f"{datetime.now():%H:%M:%S}  {printable(line)}")
+    sys.stdout.flush()
 
 
 def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -202,7 +228,7 @@ def query_index(args: argparse.Namespace) -> None:
             raise InputError(f"{args.index}: nothing is indexed yet; fill it with `python -m narvid.search index`")
         if args.folder and not len(store.all_windows(args.folder)):
             raise InputError(f"--folder {args.folder}: no indexed video lies there; give a folder below "
-                             f"{store.settings['videos']}, relative to it")
+                             f"{' or '.join(map(str, folders_of(store.settings).values()))}, as the index calls it")
         for part in (part for _, parts in queries for part in parts if part.kind == "window"):
             try:
                 store.windows([part.value])
@@ -214,13 +240,30 @@ def query_index(args: argparse.Namespace) -> None:
         else:
             found = in_batches(open_engine(store, args.checkpoint, args.tokenizer), [parts for _, parts in queries],
                                exact=args.exact, **same)
-        for (asked, parts), answers in zip(queries, found):
+        for (asked, parts), answers in zip(queries, named_by_flag(args, found)):
             if args.json:
                 if len(parts) > 1:
                     asked |= {"parts": [part._asdict() for part in parts]}
-                print(json.dumps(asked | {"fits": answers.fits, "answers": [a.as_dict() for a in answers]}))
+                print(json.dumps(asked | {"fits": answers.fits, "answers": [in_full_dict(a, store) for a in answers]}))
             else:
                 print("\n".join(table(next(iter(asked.values())), answers)))
+
+
+def in_full_dict(answer: Answer, store: Store) -> dict:
+    """An answer for --json: with its moment, its file's length and date, and where the file lies."""
+    try:
+        return as_dict(answer, store.file(answer.file)) | {"absolute_path": str(place(store, answer.path))}
+    except KeyError:
+        raise InputError(f"{answer.path}: the index has just changed; search again") from None
+
+
+def named_by_flag(args: argparse.Namespace, found: Iterator[Answers]) -> Iterator[Answers]:
+    """The same; a mistake in a file that a flag names begins with the flag."""
+    try:
+        yield from found
+    except InputError as error:
+        flag = "--picture " if args.picture else "--clip " if args.clip else ""
+        raise InputError(f"{flag}{error}") from error
 
 
 def asked_for(args: argparse.Namespace) -> Iterator[tuple[dict, list[Part]]]:

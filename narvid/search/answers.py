@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from narvid.search.store import Window
+from narvid.search.store import File, Window
 
 if TYPE_CHECKING:
     from narvid.search.embedding import ViewStatistics
@@ -81,6 +81,19 @@ class Answers(list):
     fits: bool | None = None
     total: int = 0
     height: float | None = None
+
+
+def as_dict(answer: Answer, file: File) -> dict:
+    """An answer as programs and the page get it: with the file's length, and the moment that its best frame shows."""
+    best = max(answer.frames, key=lambda frame: frame.frame_weight + frame.sentence_weight, default=None)
+    moment = {"best": best.number if best else None, "moment": best.time if best else answer.start}
+    return {**answer.as_dict(), **moment, "seconds": file.seconds, "date": date_of(file),
+            "recorded": file.recorded is not None}
+
+
+def date_of(file: File) -> float:
+    """When it was recorded, else written to, in seconds since 1970."""
+    return file.mtime_ns / 1e9 if file.recorded is None else file.recorded
 
 
 def printable(text: str) -> str:

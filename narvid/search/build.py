@@ -1,7 +1,7 @@
-"""Folder of video files -> index; the same again when files are new, changed or gone.
+"""Folders of video files -> index; the same again when files are new, changed or gone.
 
-Here: what has to be done, in which order, and what of it is stored together. Not here: decoding and windows
-(reading.py), sentences (sentences.py), features (embedding.py), tables (store.py).
+Here: what has to be done, in which order, and what of it is stored together. Not here: which folders (folders.py),
+decoding and windows (reading.py), sentences (sentences.py), features (embedding.py), tables (store.py).
 
 Everything of a file is one transaction, its sentences too. Files go in the order of their paths and are encoded one by
 one, so that a run that was killed and continued makes the same index as one that was not.
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +32,8 @@ from narvid.progress import tqdm
 from narvid.search.answers import printable
 from narvid.search.database import NAME
 from narvid.search.engine import measure_level
-from narvid.search.reading import find_videos, join_alike, read_all
+from narvid.search.folders import as_settings, choose, find, name_of, place, place_of
+from narvid.search.reading import join_alike, read_all
 from narvid.search.store import File, Store
 from narvid.search.sentences import NO_SENTENCE, Narrator
 from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 WINDOW = 30.0  # seconds; MSR-VTT's clips, which the released models were trained on, last 10 to 30
 ENCODED_AT_ONCE = 16  # windows
+EVERY = 5.0  # seconds between two looks of `watch`
 OURS = ("window", "fps", "short_side", "captioner", "prompt")  # settings that are not the model's
 
 
@@ -59,61 +62,146 @@ class Report(NamedTuple):
     moved: int = 0
 
 
-def update(
-    videos_dir: str | Path,
-    index: str | Path,
-    embedder: Embedder,
-    *,
-    captioner: Captioner | None = None,
-    narrations: str | Path | None = None,
-    window: float = WINDOW,
-    fps: float = 1.0,
-    short_side: int = SHORT_SIDE,
-    statistics_queries: list[str] | None = None,
-    retry: bool = False,
-    check_content: bool = False,
-    workers: int = 0,
-) -> Report:
-    """Bring an index up to date with a folder of video files, or make it.
+def update(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embedder: Embedder, *,
+           statistics_queries: list[str] | None = None, retry: bool = False, check_content: bool = False,
+           forget: Sequence[str] = (), workers: int = 0, **how) -> Report:
+    """Bring an index up to date with a folder of video files, or several, or make it.
 
-    captioner or narrations (a narration file): where sentences come from; neither: frames alone, which is said.
-    window: seconds of video that are one answer. fps, short_side: of the frames, as in scripts/extract_frames.py.
+    how: as `opened` takes it: captioner or narrations, window, fps, short_side. Folders of the index that are not given
+    stay as they are; forget: those to be taken out of it, by name or place.
     statistics_queries: to measure the mean and standard deviation for Eq. 11, kept for later runs; None: those that are
     kept, else the narration's sentences, else neutral ones. check_content: read every file, to find those that changed
     without a change of size and date. A file that was moved or renamed is known by its content. retry: once more
     the files that could not be read or have frames without a sentence. workers: decoding processes, 0 for none; a
     script that gives some needs `if __name__ == "__main__"`.
-    What cannot be read is printed, remembered and not tried again until the file has changed. InputError where the
-    folder holds no video, the index was made in another way, the captioner fails or the disk does.
+    What cannot be read is printed, remembered and not tried again until the file has changed. InputError where a folder
+    holds no video, the index was made in another way, the captioner fails or the disk does.
     """
-    narrator, found = Narrator(captioner, narrations), find_videos(Path(videos_dir), Path(index))
-    if not narrator.is_silent and not embedder.narration:
-        raise InputError("this model reads no narration: leave the captioner and the narrations out")
-    narrator.check(found)
-    settings = {"videos": str(Path(videos_dir).resolve()), "window": window, "fps": fps, "short_side": short_side}
-    settings |= {**narrator.settings, **embedder.settings}
-    if narrator.is_silent and embedder.frames_alone:
-        print(embedder.frames_alone)
-    with open_index(Path(index), settings, narrator, embedder) as store:
-        known = {file.path: file for file in store.files()}
-        moved = follow_moves(store, known, found, Path(settings["videos"]))
-        known = {file.path: file for file in store.files()}
+    with opened(videos_dir, index, embedder, **how) as run:
+        gone = sum(run.forget(name) for name in forget)
+        report = run.bring_up(retry=retry, check_content=check_content, workers=workers)
+        measure(run.store, embedder, statistics_queries)
+        return report._replace(removed=report.removed + gone)
+
+
+def watch(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embedder: Embedder, *,
+          every: float = EVERY, statistics_queries: list[str] | None = None, workers: int = 0,
+          say: Callable[[str], object] = print, **how) -> None:
+    """`update`, and then look every few seconds until KeyboardInterrupt: what has stopped growing is indexed, what is
+    gone, twice, is taken out. say: called with a line for whatever was done. A folder that is not there is waited for.
+    """
+    with opened(videos_dir, index, embedder, **how) as run:
+        report = run.bring_up(workers=workers)
+        measure(run.store, embedder, statistics_queries)
+        say(f"{report.added} files new, {report.changed} changed, {report.removed} removed; watching, Ctrl-C ends it")
+        known, before, away = {file.path: file for file in run.known()}, run.found, {}
+        while True:
+            time.sleep(every)
+            now = {}
+            for name in run.names:
+                try:
+                    now |= find(run.folders, [name], index)
+                except InputError as error:  # not one whose files were deleted: they stay
+                    now |= {path: status for path, status in before.items() if name_of(run.folders, path) == name}
+                    if away.get(name) != str(error):
+                        say(f"{error}; what is indexed of it stays")
+                    away[name] = str(error)
+                else:
+                    away.pop(name, None)
+            growing = {path for path, status in now.items() if before.get(path) != status}
+            growing |= before.keys() - now.keys()  # gone since the last look: perhaps it comes by another name
+            before = now
+            if not known.keys() - now.keys() - growing and not any(
+                    is_due(known.get(path), now[path], run.narrator, path, False) for path in now.keys() - growing):
+                continue
+            report = run.bring_up(now, growing, workers=workers)
+            measure(run.store, embedder, statistics_queries)
+            known = {file.path: file for file in run.known()}
+            say(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.moved} moved "
+                f"or renamed, {report.failed} of all could not be read; {index} holds {report.windows} windows")
+
+
+class Run(NamedTuple):
+    """An index that is open for writing, with what it is brought up to date with."""
+
+    store: Store
+    embedder: Embedder
+    narrator: Narrator
+    folders: dict[str, Path]  # of the index
+    names: list[str]  # of those that are looked at
+    found: dict[str, tuple[int, int]]  # what lies in them: path -> (bytes, mtime in ns)
+
+    def known(self) -> list[File]:
+        """What the index holds of these folders."""
+        return [file for file in self.store.files() if name_of(self.folders, file.path) in self.names]
+
+    def bring_up(self, found: dict[str, tuple[int, int]] | None = None, growing: Set[str] = frozenset(), *,
+                 retry: bool = False, check_content: bool = False, workers: int = 0) -> Report:
+        """Bring the index up to date with what is found; paths that are growing are left for later."""
+        store, found = self.store, self.found if found is None else found
+        found = {path: status for path, status in found.items() if path not in growing}
+        known = {file.path: file for file in self.known() if file.path not in growing}
+        moved = follow_moves(store, known, found)
+        known = {file.path: file for file in self.known() if file.path not in growing}
         for path in (gone := known.keys() - found):
             store.remove_file(path)
-        todo = [path for path in found if is_due(known.get(path), found[path], narrator, path, retry)
-                and not only_touched(store, known.get(path), found[path], narrator, Path(settings["videos"]))]
+        todo = [path for path in found if is_due(known.get(path), found[path], self.narrator, path, retry)
+                and not only_touched(store, known.get(path), found[path], self.narrator)]
         if check_content:
-            todo = sorted({*todo, *changed_content(known, found.keys() - set(todo), Path(settings["videos"]))},
-                          key=os.fsencode)
-        index_files(store, todo, found, narrator, embedder, workers)
-        measure(store, embedder, statistics_queries)
+            todo = sorted({*todo, *changed_content(store, known, found.keys() - set(todo))}, key=os.fsencode)
+        index_files(store, todo, found, self.narrator, self.embedder, workers)
         changed = len(known.keys() & set(todo))
         failed = sum(bool(file.why) for file in store.files())
         unchanged = sum(not known[path].why for path in found.keys() - set(todo))
         return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count(), moved)
 
+    def forget(self, folder: str) -> int:
+        """Take a folder out of the index, with its files; returns how many."""
+        place = Path(folder).resolve()
+        name = next((name for name, at in self.folders.items() if place == at or folder == name), None)
+        if name is None:
+            have = " and ".join(map(str, self.folders.values()))
+            raise InputError(f"--forget {folder}: the index has no such folder, it has {have}")
+        if name in self.names:
+            raise InputError(f"--forget {folder}: this folder is also one of those to index: leave it out there")
+        files = [file.path for file in self.store.files() if name_of(self.folders, file.path) == name]
+        for path in files:
+            self.store.remove_file(path)
+        del self.folders[name]
+        self.store.update_settings(**as_settings(self.folders))
+        return len(files)
 
-def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[int, int]], root: Path) -> int:
+
+@contextmanager
+def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embedder: Embedder, *,
+           captioner: Captioner | None = None, narrations: str | Path | None = None, window: float = WINDOW,
+           fps: float = 1.0, short_side: int = SHORT_SIDE) -> Iterator[Run]:
+    """The index, open for writing or new, and what lies in the given folders.
+
+    captioner or narrations (a narration file): where sentences come from; neither: frames alone, which is said.
+    window: seconds of video that are one answer. fps, short_side: of the frames, as in scripts/extract_frames.py.
+    """
+    index, given = Path(index), [videos_dir] if isinstance(videos_dir, (str, Path)) else list(videos_dir)
+    narrator, stored, files = Narrator(captioner, narrations), None, []
+    if os.path.exists(index / NAME):
+        with Store(index, read_only=True) as store:
+            stored, files = store.settings, store.files()
+    folders = choose(given, stored, files, index)
+    given = [Path(folder).resolve() for folder in given]
+    names = [name for name, folder in folders.items() if folder in given]
+    found = find(folders, names, index)
+    if not narrator.is_silent and not embedder.narration:
+        raise InputError("this model reads no narration: leave the captioner and the narrations out")
+    narrator.check(found)
+    settings = {**as_settings(folders), "window": window, "fps": fps, "short_side": short_side}
+    settings |= {**narrator.settings, **embedder.settings}
+    if narrator.is_silent and embedder.frames_alone:
+        print(embedder.frames_alone)
+    with open_index(index, settings, narrator, embedder) as store:
+        yield Run(store, embedder, narrator, folders, names, found)
+
+
+def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[int, int]]) -> int:
     """Give files their new names in the index where one of the same content is gone; returns how many."""
     lost, count = {}, 0
     for path in known.keys() - found:
@@ -124,7 +212,7 @@ def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[in
         if not candidates:
             continue
         try:
-            content = content_of(root / path)
+            content = content_of(place(store, path))
         except InputError:  # reading it says so
             continue
         if file := next((file for file in candidates if file.content == content), None):
@@ -134,27 +222,27 @@ def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[in
     return count
 
 
-def only_touched(store: Store, file: File | None, status: tuple[int, int], narrator: Narrator, root: Path) -> bool:
+def only_touched(store: Store, file: File | None, status: tuple[int, int], narrator: Narrator) -> bool:
     """Whether a file has another date and nothing else is new; the index then gets to know the date."""
     if file is None or not file.content or file.why or file.size != status[0] or file.mtime_ns == status[1]:
         return False
     if file.narration != narrator.version(file.path):
         return False
     with suppress(InputError):
-        if content_of(root / file.path) == file.content:
+        if content_of(place(store, file.path)) == file.content:
             store.touch_file(file.path, status[1])
             return True
     return False
 
 
-def changed_content(known: dict[str, File], paths: Iterable[str], root: Path) -> list[str]:
+def changed_content(store: Store, known: dict[str, File], paths: Iterable[str]) -> list[str]:
     """Those of these files that do not hold what was indexed, or of which the index cannot say."""
     changed = []
     for path in tqdm(sorted(paths), "check content", unit=" files"):
         if known[path].why:
             continue
         with suppress(InputError):
-            if content_of(root / path) == known[path].content:
+            if content_of(place(store, path)) == known[path].content:
                 continue
         changed.append(path)
     return changed
@@ -191,11 +279,7 @@ def open_index(index: Path, settings: dict, narrator: Narrator, embedder: Embedd
                     "the same flags, or another --out"
                 )
         embedder.check(stored, index)
-        if stored["videos"] != settings["videos"] and os.path.exists(stored["videos"]):
-            raise InputError(
-                f"{index} is the index of {stored['videos']}, not of {settings['videos']}: give another --out"
-            )
-        store.update_settings(**settings)  # the folder and the checkpoint may lie elsewhere by now
+        store.update_settings(**settings)  # the folders and the checkpoint may lie elsewhere by now
     except BaseException:
         store.close()
         raise
@@ -222,7 +306,6 @@ def index_files(
 ) -> None:
     """Read, narrate, encode and store these files, one transaction each; those that cannot be read are printed."""
     settings = store.settings
-    root = Path(settings["videos"])
     folder = Path(store.path) / FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if not paths:
@@ -230,12 +313,13 @@ def index_files(
     folder.mkdir()
     read = partial(read_file, folder=str(folder), fps=settings["fps"], short_side=settings["short_side"],
                    window=settings["window"], max_frames=embedder.max_frames)
+    places = [str(place_of(settings, path)[1]) for path in paths]
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        clips = stack.enter_context(closing(read_all([str(root / path) for path in paths], read, workers)))
-        for path, clip in tqdm(zip(paths, clips, strict=True), "index", len(paths), unit=" files"):
+        clips = stack.enter_context(closing(read_all(places, read, workers)))
+        for path, at, clip in tqdm(zip(paths, places, clips, strict=True), "index", len(paths), unit=" files"):
             if isinstance(clip, InputError):
-                why = str(clip).replace(one_line(str(root / path)), one_line(path))
+                why = str(clip).replace(one_line(at), one_line(path))
                 tqdm.write(f"skipped: {printable(why)}")
                 store.fail_file(path, *status[path], why)
             else:

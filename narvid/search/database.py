@@ -20,6 +20,7 @@ from narvid.files import lock, replace
 
 NAME, LOCK_NAME = "index.db", "lock"
 KIND, VERSION = 0x4E56, 2  # "NV", SQLite's application_id of our files; the version of what they hold
+SEVERAL = 3  # the version of an index of several folders
 WAIT = 30.0  # seconds for another process's transaction
 
 
@@ -128,7 +129,7 @@ class Database:
         (kind,), (version,) = self.one("PRAGMA application_id"), self.one("PRAGMA user_version")
         if kind != KIND:
             raise InputError(f"{self._file} is no index of narvid.search: give another folder")
-        if version > VERSION:
+        if version > SEVERAL:
             raise InputError(f"{self._file} was written by a newer version of narvid: update narvid, or index anew")
 
     @property

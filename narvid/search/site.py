@@ -30,13 +30,14 @@ from starlette.responses import JSONResponse, Response
 
 from narvid import InputError
 from narvid.data.frames import FORMATS
-from narvid.search.answers import Answer
+from narvid.search.answers import as_dict, date_of
 from narvid.search.asked import (CLIP_SECONDS, MAX_CLIP, MAX_QUERY, body_of, filters, number_of, parameters, read_body,
                                  whole_number)
 from narvid.search.engine import Abandoned, Engine
+from narvid.search.folders import folders_of
 from narvid.search.parts import Part, parse, written
 from narvid.search.reading import first_window, read_all
-from narvid.search.store import File, Store
+from narvid.search.store import Store
 
 MAX_LISTED = 1000  # folders and unreadable files that the page gets to know of
 KEPT = 64  # pictures and clips that were sent wait to be asked for again, the last ones
@@ -235,19 +236,6 @@ class Site:
             gone.set()
 
 
-def as_dict(answer: Answer, file: File) -> dict:
-    """An answer as the page gets it: with the file's length, and the moment that its best frame shows."""
-    best = max(answer.frames, key=lambda frame: frame.frame_weight + frame.sentence_weight, default=None)
-    moment = {"best": best.number if best else None, "moment": best.time if best else answer.start}
-    return {**answer.as_dict(), **moment, "seconds": file.seconds, "date": date_of(file),
-            "recorded": file.recorded is not None}
-
-
-def date_of(file: File) -> float:
-    """When it was recorded, else written to, in seconds since 1970."""
-    return file.mtime_ns / 1e9 if file.recorded is None else file.recorded
-
-
 def about(store: Store, frames_alone: str) -> dict:
     """What the page says of the index as a whole; frames_alone: what to say where there is no narration."""
     files, settings = store.files(), store.settings
@@ -256,7 +244,7 @@ def about(store: Store, frames_alone: str) -> dict:
     failed = [{"path": file.path, "why": file.why} for file in files if file.why]
     folders = {parent.as_posix() for file in read for parent in Path(file.path).parents} - {"."}
     return {
-        "videos": Path(settings["videos"]).name,
+        "videos": " and ".join(folder.name for folder in folders_of(settings).values()),
         "files": len(read),
         "windows": store.count(),
         "seconds": sum(file.seconds for file in read),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from narvid.search.database import VERSION, Database
+from narvid.search.database import SEVERAL, VERSION, Database
 from narvid.search.speech_store import HEARD_IN, SpeechStore
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class Store(Database):
         """Change some of the settings."""
         with self.transaction() as run:
             _state(run, "settings", self.settings | changes)
+            if changes.get("folders"):  # an earlier version would take all of them for one
+                run(f"PRAGMA user_version = {SEVERAL}")
 
     @property
     def statistics(self) -> dict | None:
@@ -355,6 +357,8 @@ class Store(Database):
 
 def _fill(run: Callable, settings: dict) -> None:
     """The tables of a new index."""
+    if settings.get("folders"):
+        run(f"PRAGMA user_version = {SEVERAL}")
     for statement in (*SCHEMA.split(";"), MARKS):
         run(statement)
     SpeechStore.create(run)

@@ -35,6 +35,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from narvid import InputError
 from narvid.search import clips, preview
 from narvid.search.asked import number, number_of, parameters, whole_number
+from narvid.search.folders import place_of
 from narvid.search.site import Json, Site
 from narvid.search.store import File
 
@@ -229,9 +230,9 @@ class Watching:
             raise HTTPException(404, f"the index has no file {wanted} (any more)") from None
         if file.why:
             raise HTTPException(404, f"{file.path} is not indexed: it could not be read")
-        root = Path(self.store.settings["videos"]).resolve()
+        root, path = place_of(self.store.settings, file.path)
         try:
-            path = (root / file.path).resolve(strict=True)
+            root, path = root.resolve(), path.resolve(strict=True)
             found = path.stat()
         except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle, before Python 3.13
             raise HTTPException(410, f"{file.path} is not there any more; run the index command again") from None

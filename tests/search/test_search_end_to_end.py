@@ -11,6 +11,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,8 +25,10 @@ import pytest
 import torch
 
 from narvid.data.narrations import load_narrations
+from narvid.search import Client
 from narvid.search.__main__ import main, table
 from narvid.search.answers import Answer, Answers, Seen
+from narvid.search.store import Store
 from scripts import make_demo_corpus
 
 pytest.importorskip("uvicorn")
@@ -116,6 +120,9 @@ def test_index_query_and_page_agree(index, demo, capsys):
             assert frame["sentence"] == narration.sentences[narration.times.index(frame["time"])]
         for view in ("frame_weight", "sentence_weight"):
             assert sum(frame[view] for frame in answer["frames"]) == pytest.approx(1)
+        assert answer["absolute_path"] == str(demo / "videos" / answer["path"])
+        assert answer["seconds"] >= answer["end"] > answer["moment"] >= answer["start"]
+        assert answer["moment"] in [frame["time"] for frame in answer["frames"]]
     scores = [answer["score"] for answer in asked["answers"]]
     assert scores == sorted(scores, reverse=True)
     [exact] = ask(capsys, index, QUERY, "--top", 20, "--exact")
@@ -177,12 +184,56 @@ def test_again_only_what_is_new(index, demo, run, capsys):
         main([*again[:-1], "9"])
 
 
+def test_a_watched_folder_shows_in_a_running_page(demo, run, tmp_path):
+    """Two real processes: one indexes what comes and takes out what goes, the other answers with it."""
+    videos, index = tmp_path / "videos", tmp_path / "index"
+    videos.mkdir()
+    shutil.copy(demo / "videos" / "video0.mp4", videos)
+    python = [sys.executable, "-u", "-m", "narvid.search"]
+    here = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE}
+    watching = subprocess.Popen([*python, "index", videos, "--out", index, "--checkpoint", run, "--watch", "--every",
+                                 "0.2"], **here)
+    try:
+        assert any("watching, Ctrl-C ends it" in line for line in watching.stdout)
+        serving = subprocess.Popen([*python, "serve", index, "--port", "0"], **here)
+        try:
+            assert "Ctrl-C ends it" in serving.stdout.readline()
+            client = wait_for(lambda: Client.find(index))
+            assert [a.path for a in client.search(QUERY)] == ["video0.mp4"]
+            shutil.copy(demo / "videos" / "video1.mp4", videos)
+            wait_for(lambda: {a.path for a in client.search(QUERY)} == {"video0.mp4", "video1.mp4"})
+            (videos / "video0.mp4").unlink()
+            wait_for(lambda: [a.path for a in client.search(QUERY)] == ["video1.mp4"])
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.wait(60)
+    finally:
+        watching.terminate()
+        rest = watching.communicate(timeout=60)[0]
+    assert watching.returncode == 0 and "1 files new" in rest and f"stopped; {index} is whole" in rest
+    with Store(index) as store:  # nobody holds it any more
+        assert [file.path for file in store.files()] == ["video1.mp4"]
+
+
+def wait_for(condition):
+    """Its first true answer, within two minutes of a busy machine."""
+    end = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
+
+
 def test_mistakes_are_one_sentence(index, demo, run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for argv, said in {
         ("query", index): 'give one of "a sentence"',
         ("query", index, "x", "--picture", "y"): "give one of",
         ("query", index, " "): "the sentence is empty",
+        ("query", index, '"a'): "this quotation mark is not closed",
+        ("index", demo, "--out", tmp_path / "i", "--every", "3"): "--every is of --watch",
+        ("index", demo, "--out", tmp_path / "i", "--watch", "--retry"): "--watch goes without",
+        ("index", demo, demo, "--out", tmp_path / "i", "--checkpoint", run): "is given twice",
         ("query", index, "--queries", tmp_path / "empty.txt"): "empty.txt holds no query",
         ("query", index, "--picture", tmp_path / "none.png"): r"--picture .*none.png cannot be read \(No such file",
         ("query", index, "--picture", tmp_path / "empty.txt"): "--picture .*empty.txt: the picture cannot be read",

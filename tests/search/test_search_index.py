@@ -354,7 +354,7 @@ def test_what_is_no_index_is_said_in_a_sentence(tmp_path):
     for junk in (b"", b"no database, but a text that is long enough to be one" * 100):
         database.write_bytes(junk)
         refuses("is damaged|is no index of narvid.search", read_only=bool(junk))
-    for pragma, match in (("application_id = 7", "no index of narvid"), ("user_version = 3", "newer version")):
+    for pragma, match in (("application_id = 7", "no index of narvid"), ("user_version = 4", "newer version")):
         database.write_bytes(whole)
         connection = sqlite3.connect(database)
         connection.execute(f"PRAGMA {pragma}")
