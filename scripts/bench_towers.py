@@ -4,7 +4,8 @@
     python scripts/bench_towers.py [NAME ...] --training
 
 Nothing is downloaded. A FLOP is one of the two operations of a multiply-add. Seconds: one frame, and one text of 12
-words, alone on one thread in fp32, the median of the repeats; of bf16 autocast beside it.
+words, alone on one thread in fp32, the median of the repeats; of bf16 autocast beside it. --training wants memory for
+the weights: what a frame and a text keep for backward is measured.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from narvid.flags import Parser, command, positive
 from narvid.progress import tqdm
+from narvid.run.optim import freeze
 from narvid.towers import Towers, build_towers, checked_model, config_of
 
 NAMES = ("MobileCLIP2-S0", "MobileCLIP2-S2", "MobileCLIP2-B", "PE-Core-T-16-384", "PE-Core-S-16-384", "ViT-B-32",
@@ -77,16 +82,67 @@ def measured(name: str, repeats: int) -> tuple[float, float, float]:
     return full, half, of_text
 
 
+def kept(towers: Towers, run: Callable) -> int:
+    """Bytes of the tensors that run() keeps for backward in bf16, weights among them; memory that is shared once.
+
+    LayerNorms compute in fp32, as a GPU's autocast has it; a CPU's leaves them in bf16.
+    """
+    storages = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        storages[storage.data_ptr()] = storage  # and holds it: no later tensor lies there
+        return x
+
+    def note_input(_, inputs: tuple) -> None:
+        note(inputs[0])
+
+    # A checkpointed block keeps its input where the hook of saved tensors does not look.
+    hooks = [block.register_forward_pre_hook(note_input) for block in towers.blocks()]
+    layer_norm = F.layer_norm
+    with mock.patch.object(F, "layer_norm", lambda x, *more: layer_norm(x.float(), *more)), \
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        run()
+    for hook in hooks:
+        hook.remove()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def activations(name: str, frames: int = 12) -> tuple[float, float]:
+    """GB that a pair (see `training`) keeps for backward: plain, and with --grad_checkpointing at its highest.
+
+    Of a frame and of a text: what two of them keep less what one keeps, so that weights drop out. The highest is when
+    all inputs of blocks are kept and a block of the image tower has computed again.
+    """
+    model = checked_model(name)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        towers = build_towers(config_of(model, False, model.pictures or {}, None)).train()
+    towers.to_empty(device="cpu")  # sizes alone count; random weights would take most of the time
+    freeze(towers, 0)  # as in the presets
+    frame, text = inputs(towers)
+    runs = [lambda n: towers.encode_frames(frame.repeat(n, 1, 1, 1)),
+            lambda n: towers.encode_text(text.repeat(n, 1), words=False)]
+    of = {}
+    for checkpointed in (False, True):
+        towers.set_grad_checkpointing(checkpointed)
+        of[checkpointed] = [kept(towers, lambda: run(2)) - kept(towers, lambda: run(1)) for run in runs]
+    blocks = len(set(towers.visual.modules()) & set(towers.blocks()))
+    whole, inputs_alone = (frames * image + (frames + 1) * words for image, words in (of[False], of[True]))
+    return whole / 1e9, (inputs_alone + frames * (of[False][0] - of[True][0]) / blocks) / 1e9
+
+
 def training(name: str, frames: int = 12) -> list[str]:
-    """Cells: TFLOP of a pair, GB of what AdamW over fp32 weights holds, hours of MSR-VTT's training at two shares.
+    """Cells: TFLOP of a pair, GB of what AdamW over fp32 weights holds, GB of a pair's activations, hours of MSR-VTT.
 
     A pair is `frames` frames, as many sentences and a query; forward and backward are three times forward. 900,000
-    pairs are five epochs of MSR-VTT 9k; 989 TFLOP/s is an H100's bf16 rate.
+    pairs are five epochs of MSR-VTT 9k; 989 TFLOP/s is an H100's bf16 rate, of which two shares are taken.
     """
     of_image, frame, of_text, text = counted(name)
     pair = 3 * (frames * frame + (frames + 1) * text) / 1000
     state = 16 * (of_image + of_text) / 1000  # 4 bytes each: weight, gradient, two moments
-    return [f"{pair:.1f}", f"{state:.1f}", *(f"{9e5 * pair / 989 / share / 3600:.1f}" for share in (0.2, 0.45))]
+    return [f"{pair:.1f}", f"{state:.1f}", *(f"{x:.2f}" for x in activations(name, frames)),
+            *(f"{9e5 * pair / 989 / share / 3600:.1f}" for share in (0.2, 0.45))]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,10 +154,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--training", action="store_true", help="instead: what NarVid's training over them takes")
     args = parser.parse_args(argv)
     if args.training:
-        print("| model | TFLOP a pair | GB of weights, gradients, AdamW | hours at 20 % | at 45 % |")
-        print("| --- " * 5 + "|")
-        for name in args.names:
-            print(f"| {' | '.join([name, *training(name)])} |")
+        print("| model | TFLOP a pair | GB of weights, gradients, AdamW | GB of activations a pair | checkpointed "
+              "| hours at 20 % | at 45 % |")
+        print("| --- " * 7 + "|")
+        for name in tqdm(args.names, desc="towers", unit="model", leave=False):
+            tqdm.write(f"| {' | '.join([name, *training(name)])} |")
         return
     torch.set_num_threads(1)
     print("| model | side | image M | GFLOP a frame | text M | GFLOP a text | tokens | s a frame | bf16 | s a text |")
