@@ -162,7 +162,8 @@ def evaluate(model, splits: dict, name: str, args, world, run: RunDir, *, final:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """One run -> the test metrics {"S_qv" | "S_qn" | "S_sum" | "S_fusion": what retrieval_metrics returns}."""
+    """One run, of flags as on the command line -> {"S_qv" | "S_qn" | "S_sum" | "S_fusion": retrieval_metrics of test}.
+    A user's mistake, a signal or a lost process ends it by SystemExit, with one sentence."""
     with in_one_sentence(), Signals() as signals:
         args, error = None, None
         try:

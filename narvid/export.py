@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
                     allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run's folder or best.pt, or the released file of a method")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the exported model, a folder of its own")
-    parser.add_argument("--licence", metavar="TEXT", help="of the weights that training started from, for the card")
+    parser.add_argument("--licence", metavar="TEXT",
+                        help="licence of the weights that training started from, for the model card")
     args, more = parser.parse_known_args(argv)
     if not Path(args.run).exists():
         raise InputError(f"{args.run}: is not there; name a run's folder, its best.pt or a released file")

@@ -31,9 +31,10 @@ def spreads(mean: float, std: float) -> bool:
 def fuse(s_video: Tensor, s_narration: Tensor, weight: float = 0.5, statistics: Statistics | None = None) -> Tensor:
     """S_fusion of Eq. 11, weighted: 2 * (weight * z(S_qv) + (1 - weight) * z(S_qn)); weight 0.5 is the paper's.
 
-    s_video, s_narration (B, V) -> (B, V). z standardises with the matrix' own mean and standard deviation, or with
+    s_video, s_narration (B, V) -> (B, V). z standardises with the matrix's own mean and standard deviation, or with
     given `statistics` ((mean, std) of S_qv, (mean, std) of S_qn) where the matrix is too small (one query).
-    A view that hardly spreads (see `spreads`) ranks nothing and becomes zeros.
+    A view that hardly spreads (see `spreads`) ranks nothing and becomes zeros. ValueError for a weight outside [0, 1]
+    and for views of different shapes.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], not {weight}")
@@ -47,7 +48,8 @@ def combine(scores: dict[str, Tensor], weight: float,
             statistics: Statistics | None = None) -> Iterator[tuple[str, Tensor]]:
     """The four matrices of Table 10, (B, V) each, one at a time; S_qv alone where there is no narration view.
 
-    The last one is the method's result. Methods with other views bring a `combine` of their own.
+    scores {"video": S_qv, "narration": S_qn}; weight and statistics as in `fuse`. Yields (name, matrix); the last
+    is the method's result. Methods with other views bring a `combine` of their own.
     """
     yield "S_qv", scores["video"]
     if "narration" in scores:
@@ -61,7 +63,8 @@ def dsl(similarity: Tensor, scale: float, over: str) -> Tensor:
 
     over="queries" normalises each video's column over the queries (for text-to-video), over="videos" each query's row
     over the videos (for video-to-text). Applied to each view's cosines, before they are standardised. Use float64:
-    in float32 all that lies far below the best becomes equal, and the rank of a tie is the worst one.
+    in float32 all that lies far below the best becomes equal, and of equal scores the worst rank counts. ValueError for
+    another `over`.
     """
     if over not in ("queries", "videos"):
         raise ValueError(f'over must be "queries" or "videos", not {over!r}')
@@ -73,7 +76,8 @@ def qb_norm(similarity: Tensor, querybank: Tensor, *, beta: float = 20.0, k: int
 
     similarity (B, V) of the test queries, querybank (N, V) of N other queries (training ones) with the same videos.
     A query whose best video is among the k best of any bank query is ranked by exp(beta * s) over the bank's sum of
-    exp(beta * s) for that video; every other query keeps its row. Rows are therefore not comparable with each other.
+    exp(beta * s) for that video; every other query keeps its row. Returns (B, V); its rows are therefore not
+    comparable with each other. ValueError where the bank scores another number of videos.
     beta = 20 is meant for cosines. Use float64, for the same reason as in `dsl`.
     """
     if querybank.ndim != 2 or querybank.shape[1] != similarity.shape[1]:

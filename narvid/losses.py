@@ -15,7 +15,8 @@ from torch import Tensor
 def nce(similarity: Tensor, scale: Tensor | float, exclude: Tensor | None = None) -> Tensor:
     """L_qv or L_qn of Eq. 5: symmetric cross-entropy of scale * S. similarity (B, B) -> scalar.
 
-    The paper prints no temperature; the released code, like CLIP4Clip, learns one (`scale` = exp(logit_scale)).
+    Excluded pairs leave the denominators. The paper prints no temperature; the released code, like CLIP4Clip, learns
+    one (`scale` = exp(logit_scale)). ValueError where the matrix is not square.
     """
     logits = _mask_pairs(scale * _square(similarity), exclude)
     target = torch.arange(len(logits), device=logits.device)
@@ -27,7 +28,8 @@ def hard_negatives(s_video: Tensor, s_narration: Tensor, lam: float,
     """H_i and H_i^T of Eqs. 6-7: the negatives that are hard in at least one of the two views.
 
     Returns (of_queries, of_videos), both (B, B) bool: rows of the first are queries, rows of the second are videos.
-    j is hard for i where S(i, j) > S(i, i) - lam * sigma_i, j != i.
+    j is hard for i where S(i, j) > S(i, i) - lam * sigma_i, j != i; sigma_i is the standard deviation of row i (of the
+    transposed matrix in the second). Excluded pairs are never hard.
     """
     of_queries = _hard(s_video, lam) | _hard(s_narration, lam)
     of_videos = _hard(s_video.T, lam) | _hard(s_narration.T, lam)
@@ -38,7 +40,9 @@ def hard_negatives(s_video: Tensor, s_narration: Tensor, lam: float,
 
 def cross_view_hard_negative(s_video: Tensor, s_narration: Tensor, *, lam: float, eta: float,
                              exclude: Tensor | None = None) -> dict[str, Tensor]:
-    """L_CVH of Eqs. 8-9, one scalar a view: {"hard_video", "hard_narration"}; their sum is L_CVH.
+    """L_CVH of Eqs. 8-9, one scalar for each view: {"hard_video", "hard_narration"}; their sum is L_CVH.
+
+    lam (lambda) says which negatives are hard, eta * lam * sigma_i by how much the positive must win over them.
 
     Eq. 8 is printed with its sign turned (it would push positives down); this is the hinge of the released code,
     max(0, S(i, j) - S(i, i) + eta * lam * sigma_i). The transposed direction uses its own sigma.

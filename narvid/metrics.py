@@ -1,6 +1,7 @@
 """Similarity and ground truth in, metrics out; and whether a difference is more than luck. numpy only, no files.
 
-B queries, V videos. R@K and nDCG@10 in percent (higher is better); MdR and MnR, the median and mean rank (1 is best).
+B queries, V videos. R@K, the share of queries whose own video is among the first K, and nDCG@10 stand in percent
+(higher is better); MdR and MnR are the median and the mean rank (1 is best).
 """
 
 from __future__ import annotations

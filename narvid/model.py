@@ -25,8 +25,8 @@ MODULES = ("NM", "CMI", "QAF", "CVH")  # Table 3: narration matching, cross-moda
 class Queries(NamedTuple):
     """Features of B queries, as similarity.py takes them."""
 
-    eos: Tensor  # (B, D)
-    words: Tensor  # (B, L, D)
+    eos: Tensor  # (B, D), the text tower's feature of the whole query: with CLIP, that of its end token
+    words: Tensor  # (B, L, D), the text tower's feature of each token
     word_mask: Tensor  # (B, L) bool; start and end token count as words
     word_weights: Tensor | None  # (B, L), rows sum to 1; None where fine matching is off
 
@@ -42,10 +42,11 @@ class Videos(NamedTuple):
 
 @dataclass(frozen=True)
 class NarVidConfig:
-    """Sizes of the heads. `modules` are Table 3's; what is off is not built.
+    """Sizes of what NarVid adds to CLIP. `modules` are Table 3's; what is off is not built.
 
-    temporal_layers, positions and dropout are not in the paper: they are the values of the released code and of
-    CLIP4Clip. temperature is App. B.2's.
+    dim: D, a multiple of 64. positions: the most frames of a video. temperature divides the word weights' logits (App.
+    B.2). temporal_layers, positions and dropout are not in the paper: they are the values of the released code and of
+    CLIP4Clip. ValueError for another dim, and for CMI or CVH without NM.
     """
 
     dim: int
@@ -79,7 +80,7 @@ class CoAttentionStream(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, other: Tensor, other_stream: CoAttentionStream, other_mask: Tensor) -> Tensor:
-        """x attends to `other`, whose keys and values are projected by its own stream. (V, K, D) -> (V, K, D)."""
+        """x (V, K, D) attends to other (V, K, D), projected by its own stream; other_mask (V, K) -> (V, K, D)."""
         heads = (other.shape[0], other.shape[1], -1, 64)
         query, key, value = (y.view(heads).transpose(1, 2) for y in (
             self.query(x), other_stream.key(other), other_stream.value(other)))  # (V, heads, K, 64)
@@ -117,7 +118,7 @@ class TemporalBlock(nn.Module):
     def __init__(self, dim: int, form: BlockForm | None = None):
         super().__init__()
         heads, hidden, self.activation = form or BlockForm(dim // 64, 4 * dim, "quick_gelu")
-        self.ln_1 = nn.LayerNorm(dim, eps=1e-12)  # the family's eps: 1e-5 moves released checkpoints' logits
+        self.ln_1 = nn.LayerNorm(dim, eps=1e-12)  # CLIP4Clip's eps: 1e-5 moves released checkpoints' logits
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(dim, eps=1e-12)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, hidden), "c_proj": nn.Linear(hidden, dim)})
@@ -173,7 +174,7 @@ class TemporalEncoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """All that NarVid adds to CLIP."""
+    """All that NarVid adds to CLIP: co-attention, temporal encoders, word weights; of these, what `modules` need."""
 
     def __init__(self, config: NarVidConfig):
         super().__init__()
@@ -193,7 +194,7 @@ class Heads(nn.Module):
         return self.co_attention(frames, narration, mask, narration_mask)
 
     def enhance(self, frames: Tensor, narration: Tensor | None, mask: Tensor, narration_mask: Tensor | None) -> Videos:
-        """Eqs. 2-3: CLIP features (V, K, D) -> enhanced features; no query takes part, so it runs once per video."""
+        """Eqs. 2-3: CLIP features (V, K, D), masks (V, K) -> Videos; no query takes part, so it runs once per video."""
         if "CMI" in self.config.modules:
             frames, narration = self.co_attend(frames, narration, mask, narration_mask)
             narration = self.temporal_narration(narration, narration_mask)
@@ -247,7 +248,10 @@ class NarVid(nn.Module):
         return self.heads.enhance(video, narration, mask, narration_mask)
 
     def load_release(self, state: dict[str, Tensor], source: str) -> None:
-        """A released checkpoint: CLIP under "clip.", the heads under the released code's names."""
+        """Load a released checkpoint: CLIP under "clip.", the heads under the released code's names.
+
+        ValueError names `source` and what is missing or of another shape.
+        """
         load_released_towers(self.clip, state, source=source)
         load_weights(self.heads, heads_from_release(state, source=source).state_dict(), source=source)
 

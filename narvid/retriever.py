@@ -61,10 +61,10 @@ class Retriever:
         """source: a run's folder, its best.pt, an exported folder, or a released NarVid file; None: plain towers; or
         an exported folder that the Hugging Face hub has, "owner/model" or "hf-hub:owner/model@revision".
 
-        towers, pretrained: of plain towers, as for towers.load_towers; of a released file `towers` alone counts, the
-        other sources bring their own. tokenizer: folder of one that is not CLIP's, for any source. device: "cpu",
-        "cuda", ...; None takes a GPU if there is one. eval_precision: as the trainer's flag of that name; in fp32
-        scores are evaluation's to 1e-5.
+        towers, pretrained: of plain towers, as for towers.load_towers (a tag is downloaded); of a released file only
+        `towers` counts, the other sources bring their own. tokenizer: folder of one that is not CLIP's, for any source.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one. eval_precision: as the trainer's flag of that
+        name; in fp32 scores are evaluation's to 1e-5.
         InputError, one sentence, for what cannot be loaded. Nothing in the files is executed.
         """
         argv = ["--eval_only", "--output_dir", ".", "--num_workers", "0", "--eval_precision", eval_precision]
@@ -102,7 +102,7 @@ class Retriever:
 
     @torch.no_grad()
     def encode_queries(self, texts: Sequence[str]) -> NamedTuple:
-        """Texts -> the method's features of B queries (NarVid: model.Queries)."""
+        """B texts (or one) -> the method's features of B queries (NarVid: model.Queries). InputError without a text."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise InputError("there is no text to encode: give at least one")
@@ -146,7 +146,8 @@ class Retriever:
 
     @torch.no_grad()
     def encode_frames(self, frames: Sequence[Tensor], sentences: Sequence[list[str | None]]) -> NamedTuple:
-        """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each or None -> as `encode_videos`.
+        """Frames of V videos, (k, 3, S, S) uint8 in order, k from 1 to K, and their sentences or None -> as
+        `encode_videos`.
 
         They are padded and masked as in evaluation. Not to be called from two threads at once.
         """

@@ -28,7 +28,7 @@ def match(queries: Queries, videos: Videos, *, fine: bool = True, block: int | N
     queries.word_weights may be None). Pairs are scored in tiles, queries of like length together and cut to their
     longest, so that memory is bounded; `block` makes a tile block x block pairs, None chooses. The tiles do not change
     the result. Under autocast the products of the fine score, nearly all of the work, are in half precision; the filter
-    stays in float64. filter_options: the keyword arguments of `filter_weights`, with its defaults.
+    stays in float64. filter_options: the keyword arguments of `filter_weights`, with its defaults and its ValueError.
     """
     views, dtype = views_of(videos), videos.frames.dtype
     places = torch.arange(1, queries.word_mask.shape[1] + 1, device=queries.word_mask.device)
@@ -51,7 +51,7 @@ def match(queries: Queries, videos: Videos, *, fine: bool = True, block: int | N
 
 
 def kept(queries: Queries, videos: Videos, **filter_options) -> dict[str, Tensor]:
-    """The filter's weights of frames and sentences for every query, as `match` uses them: to be shown or counted.
+    """The filter's weights (Eq. 4) of frames and sentences for every query, as `match` uses them: to show or to count.
 
     Returns {"video": (B, V, K), "narration": (B, V, K)} in float64, without "narration" where videos.narration is
     None. filter_options: the keyword arguments of `filter_weights`, with its defaults.
@@ -75,11 +75,13 @@ def filter_weights(cosine: Tensor, mask: Tensor, *, method: str = "nucleus", p: 
                    temperature: float = 0.1, fidelity: str = "reported") -> Tensor:
     """Query-aware adaptive filtering (Sec. 3.4, Eq. 4): the weight of each frame for each query.
 
-    cosine (B, V, K) of eos and frame (or sentence); mask (V, K). Returns (B, V, K), same dtype: 0 for dropped and
-    padded frames, rows sum to 1 (all 0 for a video without one real frame).
-    method: "nucleus" (the likeliest frames up to cumulative weight p), "topk" (the k likeliest), "none" (softmax,
-    nothing dropped) or "uniform" (the mean over real frames: the module switched off, Table 3).
+    cosine (B, V, K) of each query's eos with each frame (or sentence) of each video; mask (V, K). Returns (B, V, K),
+    same dtype: 0 for dropped and padded frames; the K weights sum to 1 (all 0 for a video without one real frame).
+    The weights are a softmax over the real frames of cosine / temperature; what is kept is then brought to sum 1 again.
+    method: "nucleus" (the heaviest frames up to cumulative weight p, 0 to 1), "topk" (the k >= 1 heaviest), "none"
+    (nothing is dropped) or "uniform" (every real frame counts alike: the module switched off, Table 3).
     fidelity: "paper" keeps the frame that carries the cumulative weight over p, "reported" drops it; rank 1 stays.
+    ValueError for another method or fidelity, and for "topk" without k.
     """
     weights = _filter(cosine.double().permute(1, 2, 0), mask, method=method, p=p, k=k, temperature=temperature,
                       fidelity=fidelity)

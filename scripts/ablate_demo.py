@@ -163,13 +163,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, default=Path("demo_ablate"), help="prepared, with frames and narrations")
     parser.add_argument("--towers", type=Path, default=Path("runs/ablate/towers"), help="the run that trained them")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs and ablation.md")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="runs")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="these rows alone")
     parser.add_argument("--seeds", type=count, nargs="+", default=[1, 2, 3], help="order, dropout, new weights")
-    parser.add_argument("--steps", type=positive, default=60, help="of each run")
+    parser.add_argument("--steps", type=positive, default=60, help="steps of each run")
     parser.add_argument("--on", choices=["test", "val"], default="test", help="split that is evaluated; val to choose")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--threads", type=positive, default=1, help="of each run")
-    parser.add_argument("--samples", type=positive, default=10_000, help="of the bootstrap")
+    parser.add_argument("--samples", type=positive, default=10_000, help="how often the bootstrap draws")
     args, args.more = parser.parse_known_args(argv)
     return args
 

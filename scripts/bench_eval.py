@@ -47,6 +47,7 @@ TOLERANCE = 1e-5
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--queries", type=positive, default=1000, help="B (default %(default)s)")

@@ -41,6 +41,7 @@ Pictures = dict[int, np.ndarray]  # second -> uint8 RGB (H, W, 3)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--clips", type=positive, default=8, help="how many to make (default %(default)s); of --folder at most to take")

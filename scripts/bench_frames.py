@@ -260,6 +260,7 @@ def bench_epoch(corpus: Path, size: int, workers: int) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -269,9 +270,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform", help="with --startup")
     parser.add_argument("--epoch", action="store_true", help="with --startup: memory during an epoch instead")
     parser.add_argument("--size", type=positive, default=224, help="side in pixels")
-    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each way of reading")
     parser.add_argument("--max_videos", type=positive, default=100, help="of --frames")
-    parser.add_argument("--num_workers", type=count, nargs="*", default=[1, 2])
+    parser.add_argument("--num_workers", type=count, nargs="*", default=[1, 2], help="loader processes")
     args = parser.parse_args(argv)
     if args.startup and not args.corpus:
         parser.error("--startup makes a corpus: say where, --corpus DIR")

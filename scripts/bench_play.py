@@ -25,6 +25,7 @@ WHAT = "() => { const v = document.querySelector('video'); return [v.currentSrc,
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--address", required=True, metavar="URL", help="of a running narvid-search serve")

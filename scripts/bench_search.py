@@ -258,13 +258,14 @@ def stored(source: Drawn, folder: Path, args: argparse.Namespace) -> tuple[Store
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--videos", type=positive, default=1000, help="V, drawn (default %(default)s)")
     add("--queries", type=positive, default=50, help="B, drawn (default %(default)s)")
     add("--frames", type=positive, default=12, help="K (default %(default)s)")
     add("--dim", type=positive, default=512, help="D (default %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
     add("--candidates", type=positive, default=CANDIDATES, help="of the latencies (default %(default)s)")
     add("--stored", type=positive, default=5000, help="windows in the index that is read (default %(default)s)")
     add("--mean", action="store_true", help="one stage-one vector a video, the mean of its frames'")

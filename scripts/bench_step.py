@@ -46,6 +46,7 @@ MOST = 4096  # videos that the search for the largest batch goes up to
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--videos", type=positive, default=64, help="pairs of a batch (default %(default)s, the paper's)")

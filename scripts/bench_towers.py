@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", default=NAMES, help="open_clip's names [those of docs/towers.md]")
-    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--repeats", type=positive, default=3, help="measurements of each model")
     parser.add_argument("--no_time", action="store_true", help="count only")
     parser.add_argument("--training", action="store_true", help="instead: what NarVid's training over them takes")
     args = parser.parse_args(argv)

@@ -98,7 +98,7 @@ def check_frames(frames_dir: Path, data_dir: Path, videos: set[str]) -> tuple[Fi
     """(finding, video -> times in s of its frames)."""
     todo = f"python scripts/extract_frames.py --videos VIDEOS --out {frames_dir}"
     if data_dir.name.startswith("didemo"):
-        todo += " --max_seconds 31"  # the annotated part, as the family takes it
+        todo += " --max_seconds 31"  # the annotated part, as CLIP4Clip takes it
     if rate := re.fullmatch(r"frames_(\d+)fps", frames_dir.name):
         todo += f" --fps {rate[1]}"
     try:

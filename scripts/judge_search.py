@@ -27,9 +27,10 @@ FLAGGED = 0.05  # of real queries that may be said not to fit, on the half on wh
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("index", type=Path, metavar="INDEX")
+    add("index", type=Path, metavar="INDEX", help="of narvid-search index")
     add("--real", type=Path, required=True, metavar="FILE", help="JSON lines of {\"video\", \"query\"}")
     add("--unrelated", type=Path, required=True, metavar="FILE", help="sentences of other things, one a line")
     add("--ranks", type=Path, metavar="FILE", help="ranks.csv of a run that was evaluated on the index's videos")

@@ -461,6 +461,7 @@ def report(written: dict[str, list[dict]], queries: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- the command line
 def parse_args(argv=None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     form = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)

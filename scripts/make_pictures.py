@@ -229,9 +229,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("which", nargs="*", help="method, gallery, demo, search [all]")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="of scripts/demo.sh")
-    parser.add_argument("--index", type=Path, default=Path("demo/index"), help="made as scripts/demo.sh says")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run of scripts/demo.sh")
+    parser.add_argument("--index", type=Path, default=Path("demo/index"),
+                        help="its search index, made as scripts/demo.sh says")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder of the pictures")
     args = parser.parse_args(argv)
     makers = {"method": lambda: write_text(args.out / "method.svg", method_svg()),
               "gallery": lambda: shoot_gallery(args.run, args.out), "demo": lambda: draw_demo(args.run, args.out),

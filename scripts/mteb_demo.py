@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     """Print mteb's numbers and ours."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--run", default="runs/demo", help="a run, an exported folder, ...")
-    parser.add_argument("--data_dir", type=Path, default=Path("demo"), help="of scripts/demo.sh")
+    parser.add_argument("--run", default="runs/demo", help="a run, an exported folder, or a released file")
+    parser.add_argument("--data_dir", type=Path, default=Path("demo"), help="corpus of scripts/demo.sh")
     args = parser.parse_args(argv)
     try:
         import mteb

@@ -51,6 +51,7 @@ class Job(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(description="Extract frames from videos, or make the videos small.", allow_abbrev=False)
     add = parser.add_argument
     add("--videos", type=Path, required=True, metavar="DIR", help="folder of video files, searched with its subfolders")

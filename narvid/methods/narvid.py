@@ -24,16 +24,18 @@ FILTERS = {  # --filter (Sec. 3.4) -> the flag that is its parameter, and the fi
 
 
 def _add_loss_flags(group) -> None:
-    """What a checkpoint does not bring back."""
+    """Flags of the loss; a checkpoint does not bring them back."""
     _add_hard_negative_flags(group)
 
 
 def _add_hard_negative_flags(group) -> None:
-    """What says nothing without module CVH."""
+    """Flags of the loss that nothing reads without module CVH."""
     group.add_argument("--hard_loss", choices=["hinge", "nce"], default="hinge",
-                       help="of module CVH: Eqs. 8-9, or Eq. 12")
-    group.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard within lambda sigma (Eq. 6)")
-    group.add_argument("--eta", type=number, default=1.8, help="eta: the hinge's margin is eta lambda sigma (Eq. 8)")
+                       help="hard-negative loss of module CVH: hinge (Eqs. 8-9) or nce (Eq. 12)")
+    group.add_argument("--lam", type=number, default=0.7, help="lambda: a negative is hard if it "
+                       "scores more than the positive minus lambda standard deviations of its row (Eq. 6)")
+    group.add_argument("--eta", type=number, default=1.8, help="eta: the positive must win by eta "
+                       "lambda standard deviations (Eq. 8)")
     group.add_argument("--alpha", type=number, default=1.0, help="alpha: weight of the hard-negative loss (Eq. 10)")
 
 
@@ -50,17 +52,20 @@ class NarVid(Method, model.NarVid):
     def add_flags(group) -> None:
         """The paper's own flags: modules, matching, loss."""
         group.add_argument("--modules", nargs="*", choices=MODULES, default=list(MODULES),
-                           help="Table 3: modules switched on")
+                           help="of Table 3: narration matching, cross-modal interaction (co-attention), query-aware "
+                                "filter, cross-view hard negatives")
         group.add_argument("--temporal_layers", type=positive, default=4,
-                           help="blocks of a temporal encoder (the family's 4)")
-        group.add_argument("--dropout", type=share, default=0.1, help="in co-attention")
+                           help="blocks of each temporal encoder (4 as in CLIP4Clip)")
+        group.add_argument("--dropout", type=share, default=0.1, help="probability, in co-attention")
         group.add_argument("--fidelity", choices=["reported", "paper"], default="reported",
-                           help="behaviour that made the published tables, or the text of the paper (README)")
-        group.add_argument("--filter", choices=list(FILTERS), default="nucleus", help="Sec. 3.4, of module QAF")
-        group.add_argument("--filter_p", type=share, default=0.4, help="p: cumulative weight of the nucleus")
-        group.add_argument("--filter_k", type=positive, default=3, help="k of --filter topk")
+                           help="as the code behind the published tables, or as the text of the paper (README)")
+        group.add_argument("--filter", choices=list(FILTERS), default="nucleus",
+                           help="which frames and sentences count for a query (Sec. 3.4); needs module QAF")
+        group.add_argument("--filter_p", type=share, default=0.4,
+                           help="p of --filter nucleus: cumulative weight of what is kept")
+        group.add_argument("--filter_k", type=positive, default=3, help="k of --filter topk: how many are kept")
         group.add_argument("--temperature", type=positive_float, default=0.1,
-                           help="of the filter's and the word weights' softmax")
+                           help="divides the cosines and logits before the softmax of filter and word weights")
         _add_loss_flags(group)
 
     @classmethod
@@ -87,7 +92,7 @@ class NarVid(Method, model.NarVid):
 
     @classmethod
     def searchable(cls, flags) -> bool:
-        """With any modules."""
+        """True, with any modules."""
         return True
 
     @classmethod
@@ -112,7 +117,7 @@ class NarVid(Method, model.NarVid):
 
     @classmethod
     def describe_filter(cls, flags) -> str:
-        """Module QAF's filter."""
+        """Module QAF's filter in words."""
         if "QAF" not in flags.modules:
             return "no filter: every frame counts alike"
         parameter, words = FILTERS[flags.filter]
@@ -140,13 +145,14 @@ class NarVid(Method, model.NarVid):
         return weights_kept(queries, videos, **self.filter_options(self.flags)) if "QAF" in self.flags.modules else None
 
     def vectors(self, videos: Videos) -> dict[str, tuple[Tensor, Tensor]]:
-        """Frames and sentences: the filter and the fine score look at single ones."""
+        """One vector a frame and a sentence: the filter and the fine score look at single ones."""
         return views_of(videos)
 
     def loss(self, similarity: dict[str, Tensor], scale: Tensor, exclude: Tensor | None) -> dict[str, Tensor]:
         """Eq. 10: NCE of each view and, with CVH, alpha times the hard-negative loss.
 
-        similarity {view: (B, B)} of the global batch, pair (i, i) positive; exclude (B, B): no negative there.
+        similarity {view: (B, B)} of the global batch, pair (i, i) positive; scale: of NCE's logits; exclude (B, B)
+        bool: pairs that are no negatives. Returns {name: scalar}, to be summed.
         """
         flags = self.flags
         # Eq. 5's 1/2; the released code has none.

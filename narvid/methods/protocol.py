@@ -10,19 +10,20 @@ Of the class and the flags of a run (a Namespace), without a model:
     features_suffice(flags)       False: it reaches deeper into the towers than their features (--feature_cache)
     averages_clip(flags)          True: a released checkpoint is averaged with the weights of --clip_pretrained
     searchable(flags)             True: `narvid.search` can use it; its queries have an `eos` (B, D), it has `vectors`
-    frames_alone                  what search says where there is no narration: what that costs; "" where it reads none
-    loss_flags                    own flags of the loss or the data: a checkpoint does not bring them back
-    unread(flags)                 flags that this setting does not use: runs that differ in them alone are alike
-    alike(flags)                  own flags under the values by which runs are compared, where two values mean the same
-    describe_filter(flags)        in words, which frames and sentences a query looks at; "" where it looks at all
-    add_flags(group)              declares its own flags in an argparse group; the one place where they stand
+    frames_alone                  what search tells a user whose index has no narration: what is lost; "" if nothing is
+    loss_flags                    names of own flags that a checkpoint does not bring back: those of loss and data
+    unread(flags)                 names of flags that this setting does not use: for tables, runs that differ in these
+                                  alone are the same
+    alike(flags)                  {own flag: value to compare runs by}, where two values mean the same
+    describe_filter(flags)        in words, which frames and sentences count for a query; "" where all do
+    add_flags(group)              declares its own flags in an argparse group; they stand nowhere else
     from_flags(towers, flags)     the model; ValueError for what cannot be built
 
 Of the model, an nn.Module over `self.clip`:
 
     forward(batch...)             a training batch -> queries, videos, logit scale
-    encode_queries(...)           -> NamedTuple of B rows; fields along words start with "word"
-    encode_videos(...)            -> NamedTuple of V rows
+    encode_queries(...)           -> NamedTuple of tensors with B rows; a field with an axis of words is named "word..."
+    encode_videos(...)            -> NamedTuple of tensors with V rows
     score(queries, videos, *, block=None)                -> {view: (B, V)} cosines, any B and V
     loss(similarity, scale, exclude)                     -> {name: scalar}, to be summed
     combine(scores, weight, statistics=None)             -> (name, (B, V)) of the result table, the result last
@@ -68,7 +69,7 @@ class Method:
 
     @classmethod
     def views(cls, flags) -> tuple[str, ...]:
-        """Keys of `score`."""
+        """Keys of what `score` returns, in order."""
         return ("video",)
 
     @classmethod
@@ -98,12 +99,12 @@ class Method:
 
     @classmethod
     def unread(cls, flags) -> set[str]:
-        """Own or common flags that this setting does not use."""
+        """Names of own and common flags that this setting does not use."""
         return set() if len(cls.views(flags)) > 1 else {"fusion_weight"}
 
     @classmethod
     def alike(cls, flags) -> dict[str, object]:
-        """Own flags under the values by which runs are compared."""
+        """{own flag: value to compare runs by}, where two values mean the same."""
         return {}
 
     @classmethod

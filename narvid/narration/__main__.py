@@ -1,6 +1,13 @@
-"""python -m narvid.narration COMMAND: narrate a folder of frames, check a narration file, convert a published one;
-requests and answers: the same as `narrate` through the batch files of an engine; import: what is said in videos; judge:
-how well sentences fit their frames."""
+"""python -m narvid.narration COMMAND: make, import, check and judge the sentences of a folder of frames.
+
+  narrate     write a sentence for each frame, with a model on this machine or a server
+  requests    the same through batch files: write the requests,
+  answers     and read what the engine answered
+  import      take what is said in the videos: subtitles, transcripts, or speech that is transcribed here
+  convert     a published narration file -> one in our form
+  check       compare a narration file with the frames: what is missing, misaligned, cut, copied
+  judge       measure how well sentences fit their frames
+"""
 
 import sys
 

@@ -100,8 +100,8 @@ def _request_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--pictures", choices=("base64", "file"), default="base64",
                        help="base64: each picture stands in its request; file: its path (vllm run-batch "
                             "--allowed-local-media-path, on a machine that has the frames at the same place)")
-    group.add_argument("--file_requests", type=positive, default=REQUESTS, help="of a file, at most")
-    group.add_argument("--file_mb", type=positive_float, default=MEGABYTES, help="of a file, at most")
+    group.add_argument("--file_requests", type=positive, default=REQUESTS, help="requests in a file, at most")
+    group.add_argument("--file_mb", type=positive_float, default=MEGABYTES, help="megabytes of a file, at most")
     return parser.parse_args(argv)
 
 

@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", help="of --towers, where it is not CLIP's [from the hub]")
     parser.add_argument("--list", help="write every problem there as JSON lines: video, kind, what")
     parser.add_argument("--drop", choices=("refused",), help="write the narrations to --out without such sentences")
-    parser.add_argument("--out", help="of --drop: a narration file in our form")
+    parser.add_argument("--out", help="with --drop: the narration file to write")
     args = parser.parse_args(argv)
     if bool(args.drop) != bool(args.out):
         parser.error("--drop and --out go together")

@@ -301,6 +301,7 @@ def check_out(out: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; a mistake ends the process in one sentence."""
     parser = Parser(prog="python -m narvid.narration judge", allow_abbrev=False,
                     description="How well sentences fit their frames, before they are trained on.")
     parser.add_argument("files", nargs="+", metavar="NARRATIONS", help="narration files, compared on the same videos")
@@ -308,18 +309,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--towers", metavar="NAME", help="open_clip's name, a config in .json, or a folder")
     parser.add_argument("--clip_pretrained", metavar="W", help="weights of --towers: open_clip's tag, or a file")
     parser.add_argument("--quick_gelu", action=argparse.BooleanOptionalAction,
-                        help="of --towers, where the weights do not say it")
+                        help="QuickGELU as activation of --towers; for a file of weights that does not tell")
     parser.add_argument("--checkpoint", metavar="RUN", help="instead: the towers of this run")
     parser.add_argument("--tokenizer", metavar="DIR", help="of the towers, where it is not CLIP's [from the hub]")
     parser.add_argument("--max_frames", type=positive, default=12, help="frames of a video, as training picks [12]")
-    parser.add_argument("--videos", type=count, default=500, help="evenly taken; 0: all [500]")
+    parser.add_argument("--videos", type=count, default=500, help="how many are judged, evenly taken; 0: all [500]")
     parser.add_argument("--only", nargs="+", default=[], metavar="FILE",
                         help="judge the videos of these JSON lines alone, such as train.jsonl")
-    parser.add_argument("--worst", type=count, default=100, help="sentences on the page, a captioner [100]")
+    parser.add_argument("--worst", type=count, default=100,
+                        help="how many of each captioner's worst sentences the page shows [100]")
     parser.add_argument("--out", type=Path, help="folder of the page, and of every sentence as JSON lines")
     parser.add_argument("--drop_worst", type=share, default=0.0, metavar="SHARE",
                         help="write the narrations without this share of the judged sentences, the worst, to --kept")
-    parser.add_argument("--kept", type=Path, help="of --drop_worst: a narration file in our form")
+    parser.add_argument("--kept", type=Path, help="with --drop_worst: the narration file to write")
     args = parser.parse_args(argv)
     if not (args.towers or args.checkpoint):
         parser.error("name what judges: --towers NAME with --clip_pretrained W, or --checkpoint RUN")

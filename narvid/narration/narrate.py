@@ -119,7 +119,8 @@ def how_to_ask(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", help="A, B or C of Table 7, S (one short sentence), or a text of your own; C if not "
                                         "given")
     group.add_argument("--one_sentence", action="store_true", help="cut each answer at its first full stop")
-    group.add_argument("--max_new_tokens", type=positive, default=MAX_NEW_TOKENS, help="CLIP reads 77 at most")
+    group.add_argument("--max_new_tokens", type=positive, default=MAX_NEW_TOKENS,
+                       help="tokens of an answer, at most; CLIP reads 77")
     group.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     group.add_argument("--sampling_temperature", type=positive_float, default=0.2, help="of --sample")
     group.add_argument("--captioner_seed", type=count, default=0, help="of --sample, with each frame's video and time")
@@ -149,9 +150,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("server, in place of --captioner")
     group.add_argument("--server", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
     group.add_argument("--model", metavar="NAME", help="the server's name for its model")
-    group.add_argument("--api_key_env", metavar="VARIABLE", help="holds the key; OPENAI_API_KEY if not given")
-    group.add_argument("--retries", type=count, default=5, help="of a request, with growing pauses")
-    group.add_argument("--timeout", type=positive_float, default=60.0, help="of a request, in seconds")
+    group.add_argument("--api_key_env", metavar="VARIABLE",
+                       help="environment variable with the server's key; OPENAI_API_KEY if not given")
+    group.add_argument("--retries", type=count, default=5,
+                       help="further tries of a request that failed, with growing pauses")
+    group.add_argument("--timeout", type=positive_float, default=60.0, help="seconds to wait for an answer")
     group.add_argument("--requests_per_second", type=positive_float, help="at most; no limit if not given")
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=positive, help=f"frames at once, {FRAMES} if not given; for a server: "

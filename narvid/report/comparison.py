@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN", help="one or several seeds")
     parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN", help="the same of the other side")
     parser.add_argument("--matrix", help="S_qv, S_qn, S_sum, S_fusion ... [the last one of each run]")
-    parser.add_argument("--samples", type=samples, default=10_000, help="of the bootstrap, at most a million")
+    parser.add_argument("--samples", type=samples, default=10_000, help="draws of the bootstrap, at most a million")
     args = parser.parse_args(argv)
     pairs, ranks_a, matrix_a = read_side(args.a, args.matrix)
     pairs_b, ranks_b, matrix_b = read_side(args.b, args.matrix)

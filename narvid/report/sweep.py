@@ -228,7 +228,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     epilog="Other flags are the trainer's, the same for all runs.")
     parser.add_argument("preset", metavar="PRESET", type=preset_path, help="a file of configs/")
-    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 2, 3], help="of every combination")
+    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 2, 3], help="seeds of every combination")
     parser.add_argument("--set", type=read_setting, action="append", default=[], metavar="FLAG=VALUE,VALUE",
                         help="values of one flag of the trainer; several times: every combination; the first one is "
                              "what the others are compared with")
@@ -236,7 +236,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus_a_run", type=gpus, default=1, help="GPUs of one run, or all")
     parser.add_argument("--jobs", type=positive, help="runs at a time [one a group of GPUs; on the CPU one]")
     parser.add_argument("--matrix", help="S_qv, S_qn, S_sum, S_fusion ... [the last one of each run]")
-    parser.add_argument("--samples", type=samples, default=10_000, help="of the bootstrap, at most a million")
+    parser.add_argument("--samples", type=samples, default=10_000, help="draws of the bootstrap, at most a million")
     parser.add_argument("--dry_run", action="store_true", help="say what would run and how long, and leave")
     args, args.more = parser.parse_known_args(argv)
     args.seeds = [*dict.fromkeys(args.seeds)]

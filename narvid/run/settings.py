@@ -45,16 +45,16 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--speech", help="narration file of what is said, of `python -m narvid.narration import` "
                                     "[data_dir/speech.jsonl where --sentence reads it]")
     g.add_argument("--sentence", choices=["caption", "speech", "both"], default="caption",
-                   help="of a frame; both: the caption, then what is said around it, cut together to --max_words")
+                   help="what stands beside a frame; both: its caption, then what is said then, cut to --max_words")
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
     g.add_argument("--allow_leak", action=switch, default=False,
-                   help="train although videos of the training split stand in another one")
+                   help="train although a video of the training split is in val or test too")
     g.add_argument("--max_words", type=positive, default=64, help="tokens of a query or sentence, with start and end")
-    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video")
+    g.add_argument("--max_frames", type=positive, default=12, help="K: frames of a video, at most")
     g.add_argument("--frame_sampling", choices=["uniform", "segments"], default="uniform",
                    help="in training; segments: one frame at random from each K-th part of a video, with its sentence")
-    g.add_argument("--num_workers", type=count, default=4, help="loader processes a rank")
+    g.add_argument("--num_workers", type=count, default=4, help="loader processes of each training process")
     g.add_argument("--cache_frames", action=switch, default=False,
                    help="decode once: V * K * 3 * side^2 bytes of shared memory a process")
 
@@ -64,7 +64,8 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--clip_pretrained", help="open_clip tag (openai), a weights file, or a folder as the hub has it; "
                    "none: a folder's own, else random weights")
     g.add_argument("--tokenizer", help="folder of the text tower's tokenizer, where it is not CLIP's [from the hub]")
-    g.add_argument("--quick_gelu", action=switch, default=None, help="activation, where nothing else tells")
+    g.add_argument("--quick_gelu", action=switch, default=None,
+                   help="QuickGELU as activation; for a file of weights that does not tell")
     g.add_argument("--checkpoint", help="start from these weights: a run, an exported folder, or a released file")
 
     METHODS[method].add_flags(parser.add_argument_group(method))
@@ -75,19 +76,22 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--recipe", choices=["reported", "modern"], default="modern",
                    help="reported: fp16 towers and BertAdam, as behind the published tables; modern: AdamW over fp32")
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="autocast of recipe modern")
-    g.add_argument("--epochs", type=positive, default=5)
+    g.add_argument("--epochs", type=positive, default=5, help="passes over the training queries")
     g.add_argument("--batch_size", type=positive, default=64, help="pairs of one optimiser step, over all processes")
     g.add_argument("--micro_batch", type=count, default=0,
-                   help="pairs a process encodes at a time, each twice; the loss is that of the whole batch; 0: all")
+                   help="to save memory: pairs that a process encodes at a time, each twice; the loss stays that of "
+                        "the whole batch; 0: all at once")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1,
-                   help="parts of a step with a loss each; negatives come from the part alone (see --micro_batch)")
-    g.add_argument("--lr", type=number, default=1e-4, help="peak rate of everything but CLIP")
-    g.add_argument("--clip_lr", type=number, help="peak rate of CLIP [reported 1e-7; modern 1e-6, cited and not tuned]")
-    g.add_argument("--weight_decay", type=number, default=0.2, help="the family's 0.2")
-    g.add_argument("--warmup", type=share, default=0.1, help="share of all steps")
-    g.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="global clip")
+                   help="parts of a step, each with a loss and negatives of its own (unlike --micro_batch)")
+    g.add_argument("--lr", type=number, default=1e-4, help="peak learning rate of everything but CLIP")
+    g.add_argument("--clip_lr", type=number, help="peak learning rate of CLIP [recipe reported 1e-7; modern 1e-6, "
+                   "cited and not tuned]")
+    g.add_argument("--weight_decay", type=number, default=0.2, help="0.2 as in CLIP4Clip")
+    g.add_argument("--warmup", type=share, default=0.1, help="share of all steps in which the rates rise")
+    g.add_argument("--max_grad_norm", type=positive_float, default=1.0,
+                   help="norm to which all gradients together are clipped")
     g.add_argument("--freeze_layers", type=int, default=0,
-                   help="blocks of both towers frozen from below, with the embeddings; -1: everything is trained")
+                   help="freeze the embeddings and the first n blocks of both towers; -1: everything is trained")
     g.add_argument("--freeze_towers", action=switch, default=False, help="instead: train heads and logit scale alone")
     g.add_argument("--train_towers", nargs="+", metavar="full | last N | frozen",
                    help="instead of these two: everything; the last N blocks of both towers and what stands behind "
@@ -101,34 +105,35 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
                    help="torch.compile for the blocks of both towers; the first steps take minutes")
 
     g = parser.add_argument_group("evaluation")
-    g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test and leave")
+    g.add_argument("--eval_only", action=switch, default=False, help="evaluate --checkpoint on test; train nothing")
     g.add_argument("--select_on", choices=["val", "last", "test"],
                    help="what chooses the epoch [val where val.jsonl exists, else last]")
-    g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split every n steps too")
+    g.add_argument("--eval_every", type=count, default=0, help="evaluate --select_on's split also every n steps; 0: no")
     g.add_argument("--eval_batch_size", type=positive, default=64, help="videos or queries encoded at a time")
     g.add_argument("--eval_precision", choices=["fp32", "bf16", "fp16", "train"], default="fp32",
                    help="number format of evaluation; fp32: whatever the batch, the scores are the same to 1e-5; "
                         "train: that of --recipe and --precision")
     g.add_argument("--fusion_weight", type=share_or_val, default=0.5,
                    help="of S_qv in S_fusion; 0.5 is Eq. 11; val: the best of 21 on the val split, never on test")
-    g.add_argument("--dsl_scale", type=number, default=0.0, help="also report DSL with this scale; 0: no")
-    g.add_argument("--qb_norm_queries", type=count, default=0, help="also QB-Norm with n training queries, beta 20")
-    g.add_argument("--ndcg", action=switch, default=False, help="also report nDCG@10, of one right candidate a query")
+    g.add_argument("--dsl_scale", type=number, default=0.0, help="also report dual softmax (DSL) of this scale; 0: no")
+    g.add_argument("--qb_norm_queries", type=count, default=0,
+                   help="also report QB-Norm with n training queries and beta 20; 0: no")
+    g.add_argument("--ndcg", action=switch, default=False, help="also report nDCG@10; one candidate a query is right")
     g.add_argument("--show_kept", nargs="+", metavar="QUERY",
                    help="print the best videos of these texts, with the frames and sentences that the filter keeps")
     g.add_argument("--save_similarity", action=switch, default=False, help="write both test matrices to similarity.npz")
 
     g = parser.add_argument_group("run")
     g.add_argument("--config", help="preset: a YAML file of these flags; the command line wins")
-    g.add_argument("--output_dir", required=True, help="run directory")
+    g.add_argument("--output_dir", required=True, help="folder of this run: results, checkpoints, log")
     g.add_argument("--resume", choices=["auto", "never"], default="never", help="auto: from last.pt if it is there")
-    g.add_argument("--seed", type=count, default=42)
-    g.add_argument("--deterministic", action=switch, default=False, help="only deterministic kernels")
-    g.add_argument("--save_every", type=count, default=0, help="save every n steps too; 0: at an epoch's end")
-    g.add_argument("--save_every_minutes", type=number, default=10.0, help="save so often too; 0: no")
+    g.add_argument("--seed", type=count, default=42, help="of new weights, order and dropout")
+    g.add_argument("--deterministic", action=switch, default=False, help="deterministic GPU kernels alone; slower")
+    g.add_argument("--save_every", type=count, default=0, help="save also every n steps; 0: at an epoch's end")
+    g.add_argument("--save_every_minutes", type=number, default=10.0, help="save also every n minutes; 0: no")
     g.add_argument("--rank_timeout", type=positive_float, default=30.0,
                    help="minutes that a process waits for another before the run ends")
-    g.add_argument("--log_every", type=positive, default=50, help="steps")
+    g.add_argument("--log_every", type=positive, default=50, help="steps from one line of the log to the next")
     g.add_argument("--profile", type=count, default=0, help="log where the time of n early steps goes; 0: no")
     g.add_argument("--tensorboard", action=switch, default=False, help="write curves (pip install tensorboard)")
     return parser

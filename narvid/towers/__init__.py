@@ -35,7 +35,8 @@ def load_towers(name: str, pretrained: str | None = None, *, quick_gelu: bool | 
     state dict, or safetensors; None: a folder's own weights, else random ones. OpenAI's weights need QuickGELU and look
     like those that do not: the tag or the archive's own extra keys decide; where a bare state dict leaves it open,
     `quick_gelu` must be given. tokenizer: folder of a tokenizer that is not CLIP's; without it towers load and only
-    `tokenize` asks for it.
+    `tokenize` asks for it. half: LayerNorms that compute in fp32 between fp16 weights (recipe "reported").
+    A tag's weights are downloaded once, unless they are in the cache.
     Raises ValueError with one sentence for what cannot be built or loaded.
     """
     model = checked_model(name)

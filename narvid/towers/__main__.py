@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("name", help="open_clip model name, .json, or a folder with open_clip_config.json")
     one.add_argument("--pretrained", help="open_clip tag, weights file or folder; none: a folder's own, or random ones")
     one.add_argument("--tokenizer", help="folder of the tokenizer, where it is not CLIP's [from the hub]")
-    one.add_argument("--quick_gelu", action="store_true", default=None, help="of a file that does not tell")
+    one.add_argument("--quick_gelu", action="store_true", default=None,
+                     help="the weights are for QuickGELU; for a file that does not tell")
     two = commands.add_parser("check-release", help="what a released NarVid checkpoint holds, and whether it scores")
-    two.add_argument("file")
-    two.add_argument("--clip_model", help="its towers, where they are none of ViT-B-32, ViT-B-16, ViT-L-14")
+    two.add_argument("file", help="the released checkpoint")
+    two.add_argument("--clip_model", help="open_clip name of its towers, if none of ViT-B-32, ViT-B-16, ViT-L-14")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":

@@ -31,10 +31,10 @@ LAYER = re.compile(r"\.(?:layer|layers|block|blocks)\.(\d+)\.")  # of a Hugging 
 
 
 class BlockForm(NamedTuple):
-    """Of the heads' transformer blocks: what must be alike where they start from text blocks."""
+    """Form of a transformer block of the heads: that of the text tower's blocks, from which they start."""
 
     heads: int
-    hidden: int
+    hidden: int  # width of the feed-forward layer
     activation: str  # "quick_gelu", "gelu", "gelu_tanh"
 
 
@@ -212,14 +212,17 @@ class Towers(nn.Module):
         self.logit_scale.clamp_(max=math.log(self.config.scale_limit))
 
     def tokenize(self, texts: list[str], max_words: int) -> tuple[Tensor, Tensor]:
-        """texts -> tokens (N, T), word_mask (N, T); see Tokenizer. ValueError where its tokenizer is not there."""
+        """N texts -> tokens (N, T) long, word_mask (N, T) bool, True = counts as a word; T is at most max_words.
+
+        What counts as a word, and when T is the context length: Tokenizer. ValueError if there is no tokenizer.
+        """
         return self.tokenizer(texts, max_words)
 
     @stage("towers")
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """frames (N, 3, S, S) uint8 -> (N, D). Normalises here, so that the loader and the bus carry bytes.
+        """frames (N, 3, S, S) uint8, S = picture.size -> (N, D). Normalised here, so that the loader carries bytes.
 
-        (N, D) are features already, of the feature cache, and go through as they are.
+        Features (N, D), which the feature cache holds, are returned as they are.
         """
         if frames.ndim == 2:
             return frames
@@ -235,8 +238,9 @@ class Towers(nn.Module):
 
         Where `cuts_text`, T may be anything up to the context length: positions and causal mask are cut, so the cost is
         that of the words present, and what stands after the end token cannot reach it. Else T is the context length
-        (ValueError). `words=False` skips the words. head: another final LayerNorm and projection than the tower's own.
-        What is floating is features already, eos and then words (N, 1 + T, D) of the feature cache.
+        (ValueError). `words=False` returns None for the words. head: another final LayerNorm and projection than the
+        tower's own. Floating numbers (N, 1 + T, D), eos and then words as the feature cache holds them, are returned as
+        they are.
         """
         if tokens.is_floating_point():
             return tokens[:, 0], tokens[:, 1:] if words else None
