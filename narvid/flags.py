@@ -36,6 +36,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(one_line(f"error: {self.where}{message} (--help lists every flag)"))
 
 
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default; where that is None, the flag's own text says what stands for it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     value = int(text)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from narvid import InputError
 from narvid.data.frames import check_jpg, load_frame_index
 from narvid.files import lock, read_json, read_json_lines, write_json, write_json_lines, writing
-from narvid.flags import Parser, positive, positive_float
+from narvid.flags import Parser, WithDefaults, positive, positive_float
 from narvid.narration.asking import Job
 from narvid.narration.chat import INSTEAD, Chat, data_url
 from narvid.narration.journals import Known, Shard, check_times, read_known
@@ -83,7 +83,7 @@ def requests(argv: Sequence[str] | None = None) -> None:
 def _request_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m narvid.narration requests", allow_abbrev=False,
                     description="Write batch files that ask about frames.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=WithDefaults)
     parser.add_argument("frames", type=Path, help="frame folder, of extract_frames.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this set")
     group = parser.add_argument_group("frames")

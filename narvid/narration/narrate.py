@@ -23,7 +23,7 @@ from pathlib import Path
 
 from narvid import InputError
 from narvid.data.frames import frame_path, load_frame_index, pick_frames, read_list
-from narvid.flags import Parser, count, number, positive, positive_float
+from narvid.flags import Parser, WithDefaults, count, number, positive, positive_float
 from narvid.narration.answers import KINDS, Failed, is_refusal, kind_of
 from narvid.narration.asking import FRAMES, Job, caption_all
 from narvid.narration.captioners import DEFAULT_MODEL, MAX_NEW_TOKENS, Captioner, LocalCaptioner
@@ -137,7 +137,7 @@ def what_to_ask_again(group: argparse._ArgumentGroup) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, those that exclude each other refused."""
     parser = Parser(prog="python -m narvid.narration narrate", allow_abbrev=False,
-                    description="Caption a folder of frames.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    description="Caption a folder of frames.", formatter_class=WithDefaults)
     group = parser.add_argument_group("frames")
     group.add_argument("--frames", type=Path, required=True, metavar="DIR", help="frame folder, of extract_frames.py")
     group.add_argument("--out", type=Path, required=True, metavar="JSONL", help="the narration file; kept and added to")

@@ -20,7 +20,7 @@ from narvid.data.frames import load_frame_index
 from narvid.data.narrations import SPEECH, Narration, write_narrations
 from narvid.data.videos import SUFFIXES
 from narvid.files import remove, walk, write_json_lines
-from narvid.flags import Parser, number
+from narvid.flags import Parser, WithDefaults, number
 from narvid.narration.journals import failed_file
 from narvid.narration.subtitles import TEXT_FILES, Timed, read_sentences
 from narvid.narration.transcribe import Transcriber, transcribed
@@ -141,7 +141,7 @@ def _read(chosen: Mapping[str, Path], language: str | None, failed: list[dict]) 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m narvid.narration import", allow_abbrev=False,
                     description="Write what is said in videos as a narration file.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=WithDefaults)
     parser.add_argument("sources", type=Path, nargs="+", metavar="FILE",
                         help="subtitles, transcripts, video files with text tracks, or folders of them; with --speech: "
                              "video files")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from narvid import InputError
-from narvid.flags import Parser
+from narvid.flags import Parser, WithDefaults
 from narvid.metrics import paired_bootstrap
 from narvid.report.runs import read_ranks
 
@@ -39,7 +39,7 @@ def samples(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Print both sides and their difference."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=WithDefaults)
     parser.add_argument("--a", type=Path, nargs="+", required=True, metavar="RUN", help="one or several seeds")
     parser.add_argument("--b", type=Path, nargs="+", required=True, metavar="RUN", help="the same of the other side")
     parser.add_argument("--matrix", help="S_qv, S_qn, S_sum, S_fusion ... [the last one of each run]")

@@ -18,7 +18,6 @@ run each, and carry its name.
 Here: finding runs, grouping them. Drawing: drawing.py. Not here: the numbers (results.jsonl, similarity.npz).
 """
 
-import argparse
 import json
 import re
 from collections import defaultdict
@@ -29,7 +28,7 @@ import numpy as np
 
 from narvid import InputError
 from narvid.files import read_text, writing
-from narvid.flags import Parser
+from narvid.flags import Parser, WithDefaults
 from narvid.data.published_narrations import CAPTIONER, read_form
 from narvid.parsing import parse_json
 from narvid.methods import METHODS
@@ -250,7 +249,7 @@ def draw_comparisons(plt, runs: list[Run], out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draw what can be drawn, say what cannot."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=WithDefaults)
     parser.add_argument("--runs", type=Path, required=True, help="folder with run directories")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="figure6, curves and heatmap of these runs only [all]")

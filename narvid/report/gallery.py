@@ -28,7 +28,7 @@ from narvid import InputError, distributed
 from narvid.files import list_folder, read_text, write_text, writing
 from narvid.data.datasets import Split
 from narvid.evaluation import Encoding, encode_videos, score_queries
-from narvid.flags import Parser, as_argv, positive
+from narvid.flags import Parser, WithDefaults, as_argv, positive
 from narvid.data.frames import Picture, frame_paths, load_frame_index, read_frames
 from narvid.metrics import text_to_video_ranks
 from narvid.methods import METHODS
@@ -257,7 +257,7 @@ def check_out(out: Path) -> None:
 def main(argv: list[str] | None = None) -> Path:
     """One page -> its path."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=WithDefaults)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run that has ended; the right column")
     parser.add_argument("--other", type=Path, help="the run to compare with, the left column [the same run]")
     parser.add_argument("--data_dir", help="where the corpus is now [as config.yaml says]")

@@ -25,7 +25,7 @@ import numpy as np
 
 from narvid import InputError
 from narvid.files import appending, lock, read_json_lines, write_text
-from narvid.flags import Parser, count, positive
+from narvid.flags import Parser, WithDefaults, count, positive
 from narvid.progress import tqdm
 from narvid.report.comparison import difference, read_side, samples, spread
 from narvid.report.drawing import draw_sweeps, pyplot
@@ -225,7 +225,7 @@ def preset_path(text: str) -> Path:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Our flags; those of the trainer in `more`."""
     parser = Parser(prog="bash scripts/sweep.sh", description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    formatter_class=WithDefaults,
                     epilog="Other flags are the trainer's, the same for all runs.")
     parser.add_argument("preset", metavar="PRESET", type=preset_path, help="a file of configs/")
     parser.add_argument("--seeds", type=count, nargs="+", default=[1, 2, 3], help="seeds of every combination")

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from narvid import InputError
-from narvid.flags import Parser, as_argv, count, number, positive, positive_float, preset_argv, read_preset, share
+from narvid.flags import (Parser, WithDefaults, as_argv, count, number, positive, positive_float, preset_argv,
+                          read_preset, share)
 from narvid.methods import METHODS
 from narvid.methods.protocol import names_of
 from narvid.run.exported import load_model
@@ -33,7 +34,7 @@ OF_A_CHECKPOINT = ("sentence", "max_words", "max_frames", "fusion_weight", "reci
 
 def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     """The flags of every method, and those of this one; another method's are refused, not ignored."""
-    parser = Parser(description=ABOUT, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=ABOUT, allow_abbrev=False, formatter_class=WithDefaults)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--method", choices=METHODS, default=method,
                         help="what is trained; `--method NAME --help` lists its own flags")
@@ -45,7 +46,7 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--speech", help="narration file of what is said, of `python -m narvid.narration import` "
                                     "[data_dir/speech.jsonl where --sentence reads it]")
     g.add_argument("--sentence", choices=["caption", "speech", "both"], default="caption",
-                   help="what stands beside a frame; both: its caption, then what is said then, cut to --max_words")
+                   help="what stands beside a frame; both: its caption and what is said meanwhile, cut to --max_words")
     g.add_argument("--missing_narration", choices=["error", "skip-video"], default="error",
                    help="what to do with a video that has no sentence at all")
     g.add_argument("--allow_leak", action=switch, default=False,
@@ -86,7 +87,7 @@ def build_parser(method: str = DEFAULT_METHOD) -> Parser:
     g.add_argument("--lr", type=number, default=1e-4, help="peak learning rate of everything but CLIP")
     g.add_argument("--clip_lr", type=number, help="peak learning rate of CLIP [recipe reported 1e-7; modern 1e-6, "
                    "cited and not tuned]")
-    g.add_argument("--weight_decay", type=number, default=0.2, help="0.2 as in CLIP4Clip")
+    g.add_argument("--weight_decay", type=number, default=0.2, help="of the optimiser; 0.2 as in CLIP4Clip")
     g.add_argument("--warmup", type=share, default=0.1, help="share of all steps in which the rates rise")
     g.add_argument("--max_grad_norm", type=positive_float, default=1.0,
                    help="norm to which all gradients together are clipped")
