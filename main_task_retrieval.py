@@ -277,16 +277,16 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
         with distributed.together(world):
             write(name, result)
 
-    def heed(error: Exception | None = None) -> None:
+    def heed(error: InputError | None = None) -> None:
         """Between two steps: all ranks end if one has failed or got a signal; rank 0's clock saves for all."""
-        if isinstance(error, RuntimeError) and not signals.number:
-            raise error  # with a signal: it went to the loader's workers too
-        failed, due = isinstance(error, InputError), 0 < 60 * args.save_every_minutes < time.monotonic() - saved_at[0]
+        failed, due = error is not None, 0 < 60 * args.save_every_minutes < time.monotonic() - saved_at[0]
         failed, number, due = distributed.highest([failed, signals.number, due and world.rank == 0], world)
-        if failed:
-            distributed.agree(error and str(error), world)
-        if number:
+        if number:  # first: the signal may have gone to the loader's workers too, which are missed then
             raise Stopped(number)
+        if failed:
+            if progress["global_step"]:
+                save("last.pt")
+            distributed.agree(error and str(error), world)
         if due:
             save("last.pt")
 
@@ -398,7 +398,7 @@ def train_one_epoch(model, parts: Training, progress: dict, args, world, run: Ru
             with stage("data"), interval.waiting():
                 try:
                     of_step += [next(batches) for _ in range(args.gradient_accumulation_steps)]
-                except (InputError, RuntimeError) as bad:
+                except InputError as bad:
                     error = bad
             heed(error)
             values, norm = train_step(model, of_step, parts.optimizer, parts.scaler,

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError:  # not installed: run from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from narvid import InputError, files
-from narvid.data.frames import is_frame
+from narvid.data.frames import is_frame, spelling_among
 from narvid.flags import command  # noqa: F401 (what the scripts start with)
 from narvid.parsing import fault_of
 
@@ -208,7 +208,8 @@ def drop_missing(
     if not missing:
         return dict(splits), []
     some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-    found = f"{len(missing):,} of {len(listed):,} videos are not in {folder} ({some})"
+    spelling = spelling_among(present)(missing[0])
+    found = f"{len(missing):,} of {len(listed):,} videos are not in {folder} ({some}){spelling}"
     if not allowed:
         files.write_text(out / "missing.txt", "".join(f"{video}\n" for video in missing))
         raise InputError(f"{found}; get those listed in {out / 'missing.txt'}, or pass --drop_missing")

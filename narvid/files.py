@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,9 +116,19 @@ def read_yaml(path: str | Path, *, advice: str = ADVICE) -> dict[str, object]:
 def list_folder(folder: str | Path) -> list[str]:
     """The names in a folder, sorted; InputError where it may not be read, which must not look like an empty one."""
     try:
-        return sorted(os.listdir(folder))
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise _unreadable(error, folder) from None
+    if fault := misread(names):
+        raise InputError(f"{folder}: {fault}")
+    return names
+
+
+def misread(names: Iterable[str]) -> str | None:
+    """What is wrong with names of files, or flags, that an old locale hands over in other letters than they have."""
+    encoding = sys.getfilesystemencoding()
+    odd = next((name for name in names if not name.isascii()), None) if encoding != "utf-8" else None
+    return odd and f"{ascii(odd)} is read as {encoding} here: set PYTHONUTF8=1, or a UTF-8 locale (LC_ALL=C.UTF-8)"
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -131,6 +142,8 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
     seen = {os.path.realpath(folder)}
     list_folder(folder)  # os.walk takes a file, or nothing, for an empty folder
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if fault := misread((*folders, *names)):
+            raise InputError(f"{parent}: {fault}")
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
         folders[:] = [name for name in real if real[name] not in seen and not seen.add(real[name])]
         yield parent, sorted(names)
@@ -277,6 +290,10 @@ _REFUSALS = {
 def unwritable(path: str | Path, error: Exception) -> InputError:
     """What a disk said about writing `path`, as one sentence."""
     said = getattr(error, "strerror", None) or error
+    with suppress(OSError, ValueError):
+        for place in (Path(path), *Path(path).parents):
+            if place.is_symlink() and not place.exists():
+                said = f"the link {place} leads nowhere (is its disk there?)"
     what = _REFUSALS.get(getattr(error, "errno", None), f"{said}; name another place, or mend that")
     return InputError(f"{path}: cannot be written: {what}. What stood there before is as it was")
 

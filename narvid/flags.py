@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 
 from narvid import InputError, one_line
-from narvid.files import read_yaml, write_text
+from narvid.files import misread, read_yaml, write_text
 from narvid.parsing import fault_of
 
 
@@ -27,8 +27,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's; text that is no UTF-8 is refused here, before a run writes it into its files."""
-        for text in sys.argv[1:] if args is None else args:
-            if isinstance(text, str) and fault_of(text):
+        texts = [text for text in (sys.argv[1:] if args is None else args) if isinstance(text, str)]
+        if fault := misread(texts):
+            self.error(fault)
+        for text in texts:
+            if fault_of(text):
                 self.error(f"{ascii(text)} is no UTF-8 text: rename it, or write it otherwise")
         return super().parse_known_args(args, namespace)
 
@@ -126,6 +129,9 @@ def command(main: Callable[[], object]) -> None:
 
     A user's mistake, or a file system's refusal, has its own sentence; what nobody foresaw has `fault_of_ours`.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us (>&-): else the next file would be taken for it
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal need not know every letter of a caption
     try:
@@ -157,11 +163,11 @@ def fault_of_ours(error: Exception, argv: Sequence[str]) -> str:
     run = Path(given.get("--output_dir") or "")
     is_run = "--output_dir" in given and (run / "config.yaml").is_file()
     name = f"fault-{os.uname().nodename}-{os.getpid()}.txt"
-    path = (run if is_run else Path(tempfile.gettempdir())) / name
     try:
+        path = (run if is_run else Path(tempfile.gettempdir())) / name
         write_text(path, "".join(traceback.format_exception(error)))
         where = f"the full traceback is in {path}, please report it"
-    except InputError as refused:
+    except (InputError, OSError) as refused:  # the latter: there is no folder for temporary files
         last = " ".join(traceback.format_tb(error.__traceback__)[-1].split())
         where = f"its traceback could not be written ({refused}), it ends with {last}"
     saved = "files that were written are whole"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from time import monotonic
 
 from tqdm import tqdm as every_state
@@ -43,12 +45,23 @@ class tqdm(every_state):
             super().display(pos=0)  # below no other bar: a file has no place to move to
 
 
+def say(text: str) -> None:
+    """Print above a progress bar. Where nobody reads (`| head` has left, the disk of a log is full), work goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it, and all that follows
+
+
 class _Lines:
     """Stands for stderr: what tqdm redraws in place becomes a line each time."""
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
-            sys.stderr.write(text + "\n")
+            with suppress(OSError):  # nobody reads any more
+                sys.stderr.write(text + "\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()

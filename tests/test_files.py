@@ -265,6 +265,19 @@ def test_a_real_limit_on_the_size_of_files(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
 
 
+def test_a_link_to_a_disk_that_is_not_there(tmp_path):
+    """Its own message would be "File exists"."""
+    link = tmp_path / "runs"
+    link.symlink_to(tmp_path / "unmounted")
+    for attempt in (lambda: files.lock(link), lambda: files.lock(link / "a" / "b"),
+                    lambda: files.try_writing(link / "a"), lambda: files.write_text(link / "a.txt", "")):
+        with pytest.raises(InputError, match=f"the link {link} leads nowhere"):
+            attempt()
+    (tmp_path / "unmounted").mkdir()
+    files.write_text(link / "a.txt", "")
+    assert (tmp_path / "unmounted" / "a.txt").exists()
+
+
 def test_trying_a_folder_leaves_nothing(tmp_path):
     files.try_writing(tmp_path / "a/b/c", 1_000_000)
     assert os.listdir(tmp_path) == []

@@ -75,6 +75,43 @@ def test_a_reader_who_leaves_and_a_terminal_without_letters():
     assert run.returncode == 0 and run.stdout == "a \\u2028 \\U0001f600\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path, closed):
+    """As some schedulers start a command: it works, and what it prints reaches none of its files."""
+    code = ("import sys\nfrom narvid.flags import command\ndef main():\n    with open('made', 'w') as file:\n"
+            "        print('out', flush=True)\n        print('err', file=sys.stderr, flush=True)\n"
+            "        file.write('whole')\ncommand(main)")
+    run = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path, text=True,
+                         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0 and (tmp_path / "made").read_text() == "whole"
+    assert run.stdout == ("out\n" if closed in ("2>&-", "<&-") else "")
+    assert run.stderr == ("err\n" if closed in (">&-", "<&-") else "")
+
+
+def test_a_fault_where_there_is_no_folder_for_temporary_files(tmp_path):
+    run = ended("import tempfile\n    def nowhere():\n"
+                "        raise FileNotFoundError(2, 'No usable temporary directory')\n"
+                "    tempfile.gettempdir = nowhere\n    {}['x']")
+    assert FAULT in run.stderr and "No usable temporary directory" in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}])
+def test_an_old_locale_is_named_and_not_the_file(tmp_path, environment):
+    (tmp_path / "caf\u00e9").mkdir()
+    run = ended("from narvid.flags import Parser; parser = Parser(); parser.add_argument('folder'); "
+                "print(len(parser.parse_args().folder))", str(tmp_path), **environment)
+    assert run.stdout == f"{len(str(tmp_path))}\n"  # a plain name is read by every locale
+    for body, argv in (("from narvid import files; import sys; print(files.list_folder(sys.argv[1]))", [tmp_path]),
+                       ("from narvid import files; import sys; print(list(files.walk(sys.argv[1])))", [tmp_path]),
+                       ("from narvid.flags import Parser; parser = Parser(); parser.add_argument('folder'); "
+                        "print(parser.parse_args().folder)", [tmp_path / "caf\u00e9"])):
+        run = ended(body, *map(str, argv), **environment)
+        if environment:
+            assert run.returncode == 1 and "set PYTHONUTF8=1" in run.stderr and len(run.stderr.splitlines()) == 1
+        else:
+            assert run.returncode == 0 and "caf" in run.stdout
+
+
 def test_the_net_hangs_below_processes_alone(monkeypatch, tmp_path):
     """main() as a function raises what it meets: no test can take the net's line for a sentence of ours."""
 

@@ -2,7 +2,9 @@
 
 import io
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +131,27 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     for _ in progress.tqdm(range(5), desc="steps"):
         pass
     assert "\r" in sys.stderr.getvalue() and "5/5" in sys.stderr.getvalue()
+
+
+# ---- nobody reads any more ----
+
+WORK = """
+import sys
+from narvid.flags import command
+from narvid.progress import say, tqdm
+def main():
+    tqdm.next_line, bar = 0, tqdm(range(3000))
+    for number in bar:
+        bar.started = tqdm.next_line = -1000  # a line is due at any time
+        say(f"step {number}")
+    open(sys.argv[1], "w").write(f"{number}")
+command(main)
+"""
+
+
+@pytest.mark.parametrize("output", ["| head -n 1", "2>&1 | head -n 1", "> /dev/full", "> /dev/full 2>&1"])
+def test_work_goes_on_where_nobody_reads(tmp_path, output):
+    done = tmp_path / "done"
+    run = subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" {output}', sys.executable, WORK, done], capture_output=True,
+                         text=True, cwd=Path(__file__).parents[1])
+    assert done.read_text() == "2999" and len(run.stdout.splitlines()) <= 1 and "rror" not in run.stderr

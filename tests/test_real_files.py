@@ -2,6 +2,7 @@
 file is in test_files.py and, mutated, in test_fuzz.py; disks and folders of runs are in run/test_runs.py.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ from narvid.run import run_dir, settings
 from narvid.search.__main__ import read_queries
 from narvid import towers
 from scripts import check_data, fuzz_formats
+import corpus as prepare
 from test_files import JSON_FAULTS, refusal
+from test_frames import make_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = "one \u2028 line \u2029 with \u0085 all \x0b \x1c of them"
@@ -95,6 +98,51 @@ def test_a_video_whose_name_is_not_utf8_is_refused_before_it_is_extracted(tmp_pa
     (tmp_path / os.fsdecode(b"videos/caf\xe9.mp4")).write_bytes(b"")
     message = refusal(extraction.find_videos, tmp_path / "videos")
     assert "caf\\udce9.mp4: a file name that is not UTF-8: rename it" in message and message.isascii()
+
+
+# ---- ids that are nearly those of the files ----
+
+SPELLINGS = {"café": "cafe\u0301", "cafe\u0301": "café", "7010.0": "7010", "7010": "7010.0", "1": "0001",
+             "Video7": "video7", "video7.mp4": "video7", "video7": "video7.avi", " video7": "video7", "Ｖ7": "v7"}
+
+
+@pytest.mark.parametrize("ours", SPELLINGS)
+def test_another_spelling_of_an_id_is_named_and_not_joined(tmp_path, ours):
+    """In the split, the narrations, the list of an extraction and the folder of videos of a prepare script."""
+    theirs = SPELLINGS[ours]
+    both = f"but for {ascii(theirs)}: here it is {ascii(ours)}, make them alike"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"video": ours, "query": "a cat"}))
+    read = functools.partial(datasets.load_split, tmp_path / "train.jsonl", tmp_path, max_frames=3)
+    assert both in refusal(read, {"v1": [0.0], theirs: [0.0]})
+    assert "but for" not in refusal(read, {"v1": [0.0]})
+    said = narrations.Narration("c", "p", [0.0], ["a cat"])
+    assert both in refusal(functools.partial(read, {ours: [0.0]}, narrations={theirs: said}))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    make_clip(videos / f"{theirs}.mp4", [0.0, 0.1])
+    pairs = {"test": [(ours, "a cat")]}
+    assert both in refusal(functools.partial(prepare.drop_missing, pairs, videos, tmp_path / "out", allowed=False))
+    with pytest.raises(SystemExit, match="no video gave a frame"):
+        extraction.main(["--videos", str(videos), "--out", str(tmp_path / "frames"), "--workers", "1", "--list",
+                         str(tmp_path / "train.jsonl")])
+    (line,) = files.read_lines(tmp_path / "frames" / "failed.jsonl")
+    assert both in json.loads(line)["why"]
+
+
+def test_ids_that_differ_by_case_or_zeros_are_two_videos(tmp_path):
+    ids = ["a", "A", "1", "01", "1.0", "café", "cafe\u0301", "a,b", "a\nb", "\U0001f600", "x" * 250]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"video": v, "query": f"of {v}"}) + "\n" for v in ids))
+    split = datasets.load_split(tmp_path / "train.jsonl", tmp_path, {v: [0.0] for v in ids}, max_frames=3)
+    assert split.videos == ids and split.queries == [f"of {v}" for v in ids]
+
+
+@pytest.mark.parametrize("line, said", [('{"video": 7010, "query": "a cat"}', 'its "video" is the number 7010'),
+                                        ('{"video": 7010.0, "query": "a cat"}', 'its "video" is the number 7010.0'),
+                                        ('{"video": "v1", "query": 3}', 'its "query" is the number 3')])
+def test_a_number_in_place_of_a_text_is_named(tmp_path, line, said):
+    (tmp_path / "train.jsonl").write_text(f'{{"video": "v1", "query": "a"}}\n{line}\n')
+    message = refusal(datasets.read_pairs, tmp_path / "train.jsonl")
+    assert f"train.jsonl:2: {said}" in message and "quotes" in message
 
 
 # ---- JSON that no reader expects, in every place where JSON, YAML or csv is read ----

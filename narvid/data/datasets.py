@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from narvid import InputError
 from narvid.data.features import Features
-from narvid.data.frames import Picture, check_jpg, draw_frames, frame_paths, pick_frames, read_frames
+from narvid.data.frames import Picture, check_jpg, draw_frames, frame_paths, pick_frames, read_frames, spelling_among
 from narvid.data.loader import SHARED_MEMORY, free_shared_memory
 from narvid.data.narrations import Narration, join, with_speech
 from narvid.files import read_json, read_json_lines
@@ -118,8 +118,9 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
             continue
         times = frame_times.get(video)
         if times is None:
-            raise InputError(f"{path}:{number}: video {video} has no frames in {frames_dir}; extract them "
-                             "(scripts/extract_frames.py), or prepare the annotations again with --drop_missing")
+            raise InputError(f"{path}:{number}: video {video} has no frames in {frames_dir}"
+                             f"{spelling_among(frame_times)(video)}; extract them (scripts/extract_frames.py), or "
+                             "prepare the annotations again with --drop_missing")
         picked = pick_frames(len(times), max_frames or len(times))
         if narrations is not None:
             of_frames = _join(narrations, video, times, picked, narrations_path, every=max_frames is None)
@@ -129,8 +130,9 @@ def load_split(path: str | Path, frames_dir: str | Path, frame_times: Mapping[st
                                         speech.lengths, speech.max_words)
             if not any(of_frames):
                 if missing_narration == "error":
-                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}:{number}); "
-                                     "narrate it, or leave such videos out with --missing_narration skip-video")
+                    raise InputError(f"{narrations_path}: no narration for video {video} ({path}:{number})"
+                                     f"{spelling_among(narrations)(video)}; narrate it, or leave such videos out "
+                                     "with --missing_narration skip-video")
                 skipped.add(video)
                 continue
             sentences.append(of_frames)
@@ -182,6 +184,9 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
     pairs = []
     for number, entry in read_json_lines(path, advice=AGAIN):
         for key in ("video", "query"):
+            if type(entry.get(key)) in (int, float):
+                raise InputError(f'{path}:{number}: its "{key}" is the number {entry[key]}, not a text: write it in '
+                                 "quotes, as the files are called")
             if not isinstance(entry.get(key), str) or not entry[key].strip():
                 raise InputError(f'{path}:{number}: no "{key}"; a line is {{"video": id, "query": text}}')
         pairs.append((number, entry["video"], entry["query"]))
@@ -224,7 +229,9 @@ class FrameDataset(Dataset):
                  segments: int | None = None, seed: int = 0):
         self.split, self.video_of_item, self.picture = split, video_of_item, picture
         self.segments, self.seed = segments, seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive an epoch and must see it
+        self.epoch = torch.zeros((), dtype=torch.long)
+        if free_shared_memory():  # else there are no workers, which outlive an epoch and must see it
+            self.epoch.share_memory_()
         self.cached = None
         if cache and segments:
             raise InputError("--cache_frames keeps the same frames for all epochs and --frame_sampling segments draws "

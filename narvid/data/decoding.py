@@ -99,6 +99,12 @@ def announced_seconds(container: av.container.InputContainer, stream: av.VideoSt
     return max(0.0, ((container.duration or 0) - max(0, container.start_time or 0)) / 1e6)
 
 
+def _shown(stream: av.VideoStream) -> int:
+    """The frames of a stream less those that an edit list leaves out: a phone trims a clip without touching it."""
+    entries = stream.index_entries
+    return sum(not entry.is_discard for entry in entries) if entries else stream.frames
+
+
 def timed_frames(
     path: str | Path, max_seconds: float, notes: list[str]
 ) -> Iterator[tuple[float, float, av.VideoFrame]]:
@@ -126,7 +132,7 @@ def timed_frames(
         end = time + max(least, clock.length_of(frame))
         announced = announced_seconds(container, stream) - clock.leapt
         late = max(0.0, clock.start)  # some containers announce the last stamp, not the length
-        if count < 0.95 * stream.frames or late + end < 0.9 * announced - 1.0:
+        if count < 0.95 * stream.frames and count < 0.95 * _shown(stream) or late + end < 0.9 * announced - 1.0:
             notes.append(
                 f"{count} frames, {end:.1f} s decode of {stream.frames or '?'} frames, {announced:.1f} s announced"
             )

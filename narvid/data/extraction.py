@@ -29,7 +29,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from narvid import InputError, files
-from narvid.data.frames import INDEX_NAME, frame_path, has_frames, is_frame, read_list
+from narvid.data.frames import INDEX_NAME, frame_path, has_frames, is_frame, read_list, spelling_among
 from narvid.data.videos import QUALITY, SHORT_SIDE, compress_video, decode_video, start_worker
 from narvid.data.videos import SUFFIXES as EXTENSIONS
 from narvid.flags import Parser, positive, positive_float
@@ -287,7 +287,9 @@ def bring_up_to_date(args: argparse.Namespace, index: Path, videos: dict[str, Pa
         del done[video]
     jobs = [Job(video, videos[video], args.out, how, args.quality) for video in sorted(states.keys() - done.keys())]
     tidy(index, done)
-    absent = [{"video": v, "file": None, "why": f"no file of this name in {args.videos}"} for v in wanted - set(videos)]
+    spelling = spelling_among(videos)
+    absent = [{"video": v, "file": None, "why": f"no file of this name in {args.videos}{spelling(v)}"}
+              for v in sorted(wanted - set(videos))]
     failed = absent + extract_all(jobs, args, index, settings, states, done)
     write_lines(index, list(done.values()))
     elsewhere = [entry for video, entry in failed_before.items() if video not in wanted and video not in done]

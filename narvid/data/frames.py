@@ -14,7 +14,8 @@ Shapes: K frames of a video; H, W height and width of a picture.
 
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -112,6 +113,26 @@ def has_frames(entry: dict) -> bool:
     video, times = entry.get("video"), entry.get("times")
     return (isinstance(video, str) and video != "" and isinstance(times, list) and len(times) > 0
             and all(type(time) in (int, float) for time in times) and times == sorted(times))
+
+
+def spelling_among(known: Iterable[str]) -> Callable[[str], str]:
+    """video -> a part of a sentence: how an id that is none of the `known` is spelt among them, or nothing.
+
+    A spreadsheet makes 7010.0 of 7010 and 1 of 01, macOS writes an accented letter as two, lists name files with their
+    extension. Such ids are named and not joined: those of two videos may differ in no more.
+    """
+
+    def plain(video: str) -> str:
+        video = unicodedata.normalize("NFKC", video).casefold().strip()
+        return re.sub(r"(?<=.)\.(0+|mp4|m4v|mkv|mov|avi|webm)$", "", video).lstrip("0")
+
+    spellings = {plain(video): video for video in known}
+
+    def spelling(video: str) -> str:
+        other = spellings.get(plain(video))
+        return "" if other is None else f" (but for {ascii(other)}: here it is {ascii(video)}, make them alike)"
+
+    return spelling
 
 
 def read_list(paths: Sequence[str | Path]) -> set[str]:

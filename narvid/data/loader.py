@@ -66,7 +66,7 @@ class PairSampler(Sampler):
 
 
 class _Loader(DataLoader):
-    """A worker that ends is noticed when its next batch is waited for, and not before.
+    """A worker that ends is noticed when its next batch is waited for, and not before: as an InputError.
 
     torch raises where its parent is at that moment, in the middle of an update or of a file too. A signal to the whole
     process group ends the workers with the step still to be finished and saved.
@@ -76,7 +76,17 @@ class _Loader(DataLoader):
         batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return batches
+        return self._noticing(batches)
+
+    def _noticing(self, batches: Iterator) -> Iterator:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise InputError(f"a process that loads frames has ended before its time ({error}): the system does that "
+                             f"where memory ends. Give --num_workers less than {self.num_workers}, leave out "
+                             f"--cache_frames, or enlarge {SHARED_MEMORY}; --resume auto goes on") from error
 
 
 def make_loader(dataset: Dataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
@@ -91,7 +101,9 @@ def make_loader(dataset: Dataset, collate_fn, sampler, *, num_workers: int) -> D
 
 
 def free_shared_memory() -> float:
-    """Bytes; infinite where the system gives shared memory no folder."""
+    """Bytes, 0 where it may not be written; infinite where the system gives shared memory no folder."""
+    if SHARED_MEMORY.exists() and not os.access(SHARED_MEMORY, os.W_OK):
+        return 0
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else inf
 
 
@@ -101,9 +113,9 @@ def _workers_that_fit(num_workers: int, batch: int) -> int:
     A worker that has none waits for ever, or dies with a bus error; one process without workers needs no room.
     """
     free = free_shared_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not num_workers or (2 * num_workers + 1) * batch <= free:
+    if not num_workers or 0 < free >= (2 * num_workers + 1) * batch:
         return num_workers
-    fit = max(0, int((free / batch - 1) / 2))
+    fit = max(0, int((free / batch - 1) / 2)) if free else 0
     print(f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and {num_workers} loader workers need "
           f"{(2 * num_workers + 1) * batch / 2**20:,.0f} MiB for batches of {batch / 2**20:,.0f} MiB: {fit} workers "
           "are used, which is slower; enlarge it (docker run --shm-size=16g, or --ipc=host)", file=sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 
 from narvid import InputError
 from narvid.data.datasets import AGAIN, Split, read_pairs
-from narvid.data.frames import pick_frames
+from narvid.data.frames import pick_frames, spelling_among
 from narvid.data.narrations import load_narrations
 from narvid.data.published_narrations import parse_published, read_form
 from narvid.flags import command
@@ -55,8 +55,8 @@ def with_titles(split: Split, titles: Mapping[str, list[str]], *, paths: Sequenc
     if not has.any() or (missing == "error" and not has.all()):
         without = [video for video, some in zip(split.videos, has) if not some]
         raise InputError(f"{', '.join(map(str, paths))}: no title for {len(without)} of {len(has)} videos, the first "
-                         f"is {without[0]}; name the file that holds them with --titles, or leave such videos out "
-                         "with --missing_narration skip-video")
+                         f"is {without[0]}{spelling_among(titles)(without[0])}; name the file that holds them with "
+                         "--titles, or leave such videos out with --missing_narration skip-video")
     videos = [video for video, some in zip(split.videos, has) if some]
     left = has[split.video_of_query]  # queries whose video stays
     return split._replace(

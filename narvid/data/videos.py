@@ -128,7 +128,7 @@ def compress_video(
             for ticks, pixels in shown:
                 if not count:
                     stream.height, stream.width = pixels.shape[1:]
-                frame = av.VideoFrame.from_ndarray(pixels, format="yuv444p")
+                frame = av.VideoFrame.from_ndarray(_fitted(pixels, stream.height, stream.width), format="yuv444p")
                 frame = halver.reformat(frame, format="yuv420p", interpolation="BICUBIC", threads=1)
                 for _ in range(ticks):
                     frame.pts, frame.time_base, count = count, 1 / rate, count + 1
@@ -139,6 +139,22 @@ def compress_video(
             raise
         raise InputError(f"{path} cannot be written as h264 ({e.strerror}): leave it out") from e
     return count
+
+
+def _fitted(yuv, height, width):
+    """A picture (3, H, W) of another size than the file's first one in its place, whole, with black around.
+
+    The size changes within recordings of calls and of screens that are turned.
+    """
+    if yuv.shape[1:] == (height, width):
+        return yuv
+    scale = min(height / yuv.shape[1], width / yuv.shape[2])
+    h, w = (max(1, round(scale * side)) for side in yuv.shape[1:])
+    frame = av.VideoFrame.from_ndarray(yuv, format="yuv444p").reformat(w, h, interpolation="BICUBIC", threads=1)
+    black = np.repeat(np.uint8([16, 128, 128]), height * width).reshape(3, height, width)
+    top, left = (height - h) // 2, (width - w) // 2
+    black[:, top : top + h, left : left + w] = frame.to_ndarray()
+    return black
 
 
 def start_worker() -> None:

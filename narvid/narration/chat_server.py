@@ -13,6 +13,8 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from narvid import InputError
@@ -129,14 +131,14 @@ def _worth_another_try(status: int, headers: Mapping[str, str]) -> bool:
 
 def _asked_pause(headers: Mapping[str, str]) -> float:
     """Seconds until the server wants to be asked again; 0 where it does not say."""
+    pauses = []
     for name, second in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            pause = float(headers.get(name, "")) / second
-        except ValueError:  # also a date, which clocks that differ would turn into anything
-            continue
-        if 0 < pause <= LONGEST_PAUSE:
-            return pause
-    return 0.0
+        with suppress(ValueError):
+            pauses.append(float(headers.get(name, "")) / second)
+    with suppress(ValueError, TypeError):  # a date counts from the server's own clock, for ours may differ
+        until, now = (parsedate_to_datetime(headers.get(name, "")) for name in ("retry-after", "date"))
+        pauses.append((until - now).total_seconds())
+    return next((pause for pause in pauses if 0 < pause <= LONGEST_PAUSE), 0.0)
 
 
 def _with_path(address: str) -> str:

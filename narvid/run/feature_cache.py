@@ -43,7 +43,7 @@ from narvid.data.loader import make_loader
 from narvid.distributed import World, agree
 from narvid.evaluation import Encoding
 from narvid.data.frames import frame_paths
-from narvid.progress import tqdm
+from narvid.progress import say, tqdm
 
 KINDS = {"frames": "video", "words": "query", "eos": "sentence"}  # what one entry is of
 VERSION = 2  # raise it with every change that makes other features of the same frames and texts
@@ -136,7 +136,7 @@ def _prepare(folder: Path, made_of: dict, wanted: dict, missing: dict, encoding:
     needed = rows * made_of["dim"] * getattr(torch, made_of["dtype"]).itemsize
     counts = [f"{len(missing[kind])} of {len(wanted[kind])} {plural}"
               for kind, plural in zip(KINDS, ("videos", "queries", "sentences"))]
-    tqdm.write(f"{folder}: {', '.join(counts)} are to be encoded, about {needed / 2**20:,.0f} MiB")
+    say(f"{folder}: {', '.join(counts)} are to be encoded, about {needed / 2**20:,.0f} MiB")
     try:
         files.try_writing(folder, int(needed))
         files.write_json(folder / "made_of.json", made_of)

@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from narvid import InputError, files
-from narvid.progress import tqdm
+from narvid.progress import say
 
 BROKEN = "the run's record is damaged; choose a new --output_dir"
 PARTS = {"model": dict, "args": dict, "clip_config": dict}  # of a checkpoint of ours
@@ -106,9 +106,9 @@ class RunDir:
     def log(self, text: str) -> None:
         """Print and append to log.txt."""
         if self.writes:
-            tqdm.write(text)  # above a progress bar, not through it
             with files.appending(self.path / "log.txt") as f:
                 f.write(text + "\n")
+            say(text)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Curves for TensorBoard, where it was asked for."""

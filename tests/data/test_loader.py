@@ -2,10 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from narvid import InputError
 from narvid.data import loader
+from narvid.data.datasets import FrameDataset, Split
+from narvid.data.frames import Picture
 from narvid.data.loader import PairSampler, make_loader
 
 MIB = 2**20
@@ -46,3 +50,16 @@ def test_every_batch_comes_from_a_small_disk(monkeypatch):
     some = make_loader(Pictures(), torch.stack, batches, num_workers=4)
     assert some.num_workers == 2
     assert [batch[:, 0].tolist() for batch in some] == batches
+
+
+def test_shared_memory_that_may_not_be_written_is_not_used(monkeypatch, tmp_path, capsys):
+    """A container with a read-only root and nothing at /dev/shm: one process without workers needs none."""
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loader.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda self: 1 / 0)
+    split = Split(["a"], np.array([0]), ["v"], tmp_path, [[0]], None, [], 0)
+    dataset = FrameDataset(split, split.video_of_query, Picture(8))
+    made = make_loader(dataset, list, PairSampler(1, 1, rank=0, world_size=1, seed=0), num_workers=4)
+    assert len(made) == 1 and made.num_workers == 0 and "0 workers are used" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--cache_frames needs"):
+        FrameDataset(split, split.video_of_query, Picture(8), cache=True)

@@ -582,3 +582,55 @@ def test_two_fields_become_one_picture(tmp_path):
     for k, (_, pixels) in enumerate(taken):  # where the first field's bar is, or between the two
         bar = np.flatnonzero(pixels[48, :, 1] > 127)
         assert 4 * k - 1 <= bar.min() <= 4 * k + 3
+
+
+def test_what_a_phone_trimmed_is_neither_shown_nor_missed(tmp_path):
+    """An edit list names the part of the file that is shown: here 2 of 4 seconds, from the second one on."""
+    path = make_clip(tmp_path / "whole.mp4", [i / 10 for i in range(40)])
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"elst") + 12  # of one part: its length in the file's clock, where it begins in the picture's
+    clocks = [data.find(name) + 16 for name in (b"mvhd", b"mdhd")]
+    film, picture = (struct.unpack(">I", data[at : at + 4])[0] for at in clocks)
+    length, begins = struct.unpack(">Ii", data[entry : entry + 8])
+    assert abs(length / film - 4) < 0.2
+    data[entry : entry + 8] = struct.pack(">Ii", 2 * film, begins + picture)
+    (tmp_path / "trimmed.mp4").write_bytes(data)
+    notes = []
+    shown = taken(tmp_path / "trimmed.mp4", fps=2, notes=notes)
+    assert shown == [(round(time - 1, 3), name) for time, name in taken(path, fps=2) if 1 <= time < 3] and notes == []
+
+
+@pytest.mark.parametrize("seconds", [2, 9])
+def test_a_clock_that_wraps(tmp_path, seconds):
+    """33 bits of 1/90,000 s: a recorder's clock starts again after 26.5 hours, here within the file."""
+    path = tmp_path / "wraps.ts"
+    start = 2**33 - 90_000 * seconds
+    with av.open(str(path), "w", options={"mpegts_copyts": "1"}) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "0", "g": "10", "crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 90_000)
+        for i in range(120):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = start + 9000 * i, Fraction(1, 90_000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    notes = []
+    shown = list(decode_video(path, fps=1, notes=notes))
+    assert [round(time, 3) for time, _ in shown] == list(range(12)) and notes == []
+    assert all(abs(pixels.mean() - 20 * k) < 4 for k, (_, pixels) in enumerate(shown))
+
+
+def test_a_size_that_changes_within_a_file(tmp_path):
+    """A screen that is turned: frames keep their shape, a small video keeps its first one's, with black around."""
+    parts = [write(tmp_path / f"{number}.ts", 20 * [quadrants(size)], codec="libx264", pixels="yuv420p",
+                   options={"crf": "5", "g": "10"}) for number, size in enumerate([(160, 120), (120, 160)])]
+    path = tmp_path / "turned.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    shapes = [pixels.shape for _, pixels in decode_video(path, fps=1)]
+    assert shapes == 2 * [(120, 160, 3)] + 2 * [(160, 120, 3)]
+    assert compress_video(path, tmp_path / "small.mp4") == 12
+    shown = [pixels for _, pixels in decode_video(tmp_path / "small.mp4", fps=1)]
+    assert [pixels.shape for pixels in shown] == 4 * [(120, 160, 3)]
+    for pixels in shown[2:]:
+        assert pixels[:, :30].max() < 20 > pixels[:, -30:].max()  # 90 x 120 in the middle
+        assert np.abs(corners(pixels[:, 38:122]) - QUADRANTS).max() < 8

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 
 import pytest
 from test_narrate import (  # noqa: F401 (alone: a fixture of every test)
@@ -416,6 +417,22 @@ def test_retry_after_is_waited_for(server):
     server.answer, server.headers = busy, {"retry-after-ms": "300"}
     assert ServerCaptioner(server.url, "m").caption([made_pictures()[0]]) == ["A cat."]
     assert times[1] - times[0] >= 0.3
+
+
+@pytest.mark.parametrize("hours", [0, -1000, 1000])
+def test_retry_after_as_a_date_counts_from_the_server_s_clock(server, hours):
+    """Whatever ours says: the two may differ."""
+    times, now = [], time.time() + 3600 * hours
+
+    def busy(picture):
+        times.append(time.monotonic())
+        return chat("A cat.") if len(times) > 1 else (429, "application/json", '{"error": {"message": "slowly"}}')
+
+    server.answer = busy
+    server.http.RequestHandlerClass.date_time_string = lambda *_: formatdate(now, usegmt=True)
+    server.headers = {"Retry-After": formatdate(now + 2, usegmt=True)}
+    assert ServerCaptioner(server.url, "m").caption([made_pictures()[0]]) == ["A cat."]
+    assert 1.9 <= times[1] - times[0] < 5
 
 
 def test_a_connection_that_breaks_in_the_answer_is_tried_again(server):

@@ -348,6 +348,20 @@ def test_two_shards_make_the_file_that_one_makes(frames, tmp_path, server, capsy
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_merging_with_a_torn_journal(frames, tmp_path, server):
+    """Half a last line is a frame without a sentence, not half a sentence; its shard makes it again."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "n.jsonl"
+    run(frames, whole, server)
+    for shard in ("1/2", "2/2"):
+        run(frames, out, server, "--shard", shard)
+    out.unlink()
+    journal = tmp_path / "n.jsonl.parts" / "2-of-2.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-15])
+    assert "1 frames have no sentence yet; run the shards" in error(frames, out, server, "--merge") and not out.exists()
+    run(frames, out, server, "--shard", "2/2")
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_the_number_of_shards_may_change(frames, tmp_path, server):
     out = tmp_path / "n.jsonl"
     run(frames, out, server, "--shard", "2/3")

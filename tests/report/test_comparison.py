@@ -49,6 +49,13 @@ def test_refuses(tmp_path, change, said):
         compare_runs.main(["--a", str(a), "--b", str(a), "--matrix", "S_qn"])
 
 
+@pytest.mark.parametrize("samples", ["0", "-1", "1.5", "x", str(10**30), "9" * 6000])
+def test_samples_of_the_bootstrap_that_are_no_number_of_any(tmp_path, samples):
+    a = write(tmp_path / "a", [1, 2, 3])
+    with pytest.raises(SystemExit, match=r"--samples: \S+ is not a whole number from 1 to 1000000"):
+        compare_runs.main(["--a", str(a), "--b", str(a), "--samples", samples])
+
+
 def test_a_run_writes_the_ranks_of_its_table(corpus, tmp_path, capsys):
     returned = trainer.main(tiny.flags(corpus, tmp_path / "run"))
     for matrix, metrics in returned.items():

@@ -5,6 +5,7 @@ run in test_bad_input.py.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -293,6 +294,39 @@ def test_a_signal_in_an_evaluation_or_before_the_first_step(corpus, evaluated, t
         assert torch.load(run / "last.pt", weights_only=True)["global_step"] == step
     trainer.main([*argv, "--resume", "auto"])
     assert_same_run(evaluated, run)
+
+
+def kill_a_worker(argv, number):
+    """main(argv), whose loader loses a process in the second step, as the system does it where memory ends."""
+    step, taken = trainer.train_step, []
+
+    def one(*args):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(multiprocessing.active_children()[0].pid, number)
+        return step(*args)
+
+    trainer.train_step = one
+    trainer.main(argv)
+
+
+def test_a_loader_that_is_killed_ends_the_run_in_one_sentence_and_no_step_is_lost(corpus, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = ("--epochs", 6, "--select_on", "last", "--dropout", 0.3, "--save_similarity", "--num_workers", 2)
+    process = tiny.start(kill_a_worker, tiny.flags(corpus, run, *flags), signal.SIGKILL, log=tmp_path / "log")
+    assert tiny.wait(process) == 1
+    (sentence,) = lines_of(tmp_path / "log")
+    assert "a process that loads frames has ended before its time" in sentence and "--num_workers" in sentence
+    assert UNFORESEEN not in sentence and torch.load(run / "last.pt", weights_only=True)["global_step"] >= 2
+    trainer.main(tiny.flags(corpus, whole, *flags))
+    trainer.main(tiny.flags(corpus, run, *flags, "--resume", "auto"))
+    assert_same_run(whole, run)
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(corpus, tmp_path):
+    """Its reader has left (| head), or the disk of its log file is full: log.txt has it all."""
+    assert tiny.wait(tiny.start(trainer.main, tiny.flags(corpus, tmp_path / "run", *FLAGS), log=Path("/dev/full"))) == 0
+    assert "S_fusion" in (tmp_path / "run" / "log.txt").read_text() and (tmp_path / "run" / "best.pt").exists()
 
 
 def signal_while_saving(argv):

@@ -173,6 +173,16 @@ def test_a_preset_that_is_none_is_one_sentence(tmp_path, capsys):
         assert message.startswith("error: ") and "my.yaml" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("line", [
+    "method: clip3clip", "method: [narvid]", "nonsense: 1", "epochs: many", "lr: {a: 1}", "modules: 3", "modules: [XX]",
+    "max_frames:", "filter_p: 7", "1: 2", "data_dir: [a, b]"])
+def test_a_preset_with_an_unknown_method_flag_or_value_is_one_sentence(data, tmp_path, capsys, line):
+    """Never exit status 0, which lets a script go on to training."""
+    (tmp_path / "mine.yaml").write_text(f"data_dir: {data}\n" * (not line.startswith("data_dir")) + f"{line}\n")
+    message, _ = screen(capsys, tmp_path / "mine.yaml")
+    assert message.startswith("error: ") and "mine.yaml" in message and "\n" not in message
+
+
 def test_from_the_shell(data):
     command = [sys.executable, ROOT / "scripts" / "check_data.py", "msvd", "--data_dir", data]
     run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=data)
