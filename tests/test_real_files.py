@@ -278,6 +278,26 @@ def test_a_video_that_was_replaced_is_extracted_again_and_no_other(here, capsys)
     assert after["a"] == before["a"] and after["b"] != before["b"]
 
 
+def test_a_video_that_grows_while_it_is_read_is_read_again_once_it_is_whole(here, monkeypatch, capsys):
+    """A recording that goes on, a download: its index line has the state from before it was opened."""
+    source, whole = here / "videos/c.mp4", (here / "videos/a.mp4").read_bytes()
+    clip(source, seconds=2)
+    real = extraction.run_jobs
+
+    def run_jobs(jobs, workers):
+        for done in real(jobs, workers):
+            if done[0].video == "c":
+                source.write_bytes(whole)
+            yield done
+
+    monkeypatch.setattr(extraction, "run_jobs", run_jobs)
+    extract(here / "videos", here / "frames")
+    assert len(load_frame_index(here / "frames")["c"]) == 2
+    extract(here / "videos", here / "frames")
+    assert "c, ..." in capsys.readouterr().out
+    assert len(load_frame_index(here / "frames")["c"]) == len(load_frame_index(here / "frames")["a"]) == 3
+
+
 def test_an_index_from_before_sizes_stays(here, capsys):
     index = here / "frames/index.jsonl"
     old = [{k: v for k, v in line.items() if not k.startswith("source_")} for _, line in files.read_json_lines(index)]

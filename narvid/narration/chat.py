@@ -78,7 +78,9 @@ class Chat:
         try:
             return self._sentence(body)
         except (ValueError, TypeError, AttributeError, LookupError):  # a page, half a JSON, no choices
-            return self.failed("the answer is no chat completion")
+            said = message_of(body)[:80] if isinstance(body, str) else ""
+            begins = f", it begins with {said!r}" if said else ""
+            return self.failed(f"the answer is no chat completion{begins}", status=status)
 
     def _sentence(self, answer) -> str | Failed:
         """What a chat completion says; raises one of Python's errors where it is none."""

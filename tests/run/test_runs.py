@@ -323,6 +323,33 @@ def test_a_loader_that_is_killed_ends_the_run_in_one_sentence_and_no_step_is_los
     assert_same_run(whole, run)
 
 
+def hide_the_frames(argv, frames):
+    """main(argv), whose frames are no longer there when the first step is over."""
+    step = trainer.train_step
+
+    def one(*args):
+        got = step(*args)
+        frames.rename(frames.with_name("away"))
+        return got
+
+    trainer.train_step = one
+    trainer.main(argv)
+
+
+def test_a_frame_that_is_lost_under_way_costs_no_step(corpus, weights, begun, tmp_path):
+    _, start, _, whole = begun
+    data, run = Path(shutil.copytree(corpus, tmp_path / "data")), tmp_path / "run"
+    flags = (*FLAGS, "--checkpoint", start, "--clip_model", corpus / "clip.json", "--save_every", 1)
+    argv = tiny.flags(data, run, *flags, "--save_every", 0)
+    assert tiny.wait(tiny.start(hide_the_frames, argv, data / "frames", log=tmp_path / "log")) == 1
+    (sentence,) = lines_of(tmp_path / "log")
+    assert "00000.jpg cannot be read" in sentence or ".jpg cannot be decoded" in sentence
+    assert torch.load(run / "last.pt", weights_only=True)["global_step"] == 1
+    (data / "away").rename(data / "frames")
+    trainer.main(tiny.flags(data, run, *flags, "--resume", "auto"))
+    assert_same_run(whole, run)
+
+
 def test_a_run_whose_output_nobody_reads_goes_on(corpus, tmp_path):
     """Its reader has left (| head), or the disk of its log file is full: log.txt has it all."""
     assert tiny.wait(tiny.start(trainer.main, tiny.flags(corpus, tmp_path / "run", *FLAGS), log=Path("/dev/full"))) == 0
