@@ -383,7 +383,7 @@ def train_one_epoch(model, parts: Training, progress: dict, args, world, run: Ru
     parts.loader.dataset.epoch.fill_(epoch)
     try:
         batches = iter(parts.loader)
-    except RuntimeError as error:  # a worker died at its start: of a signal to the whole group, or of itself
+    except InputError as error:  # a worker died at its start: of a signal to the whole group, or of itself
         heed(error)
     interval = Interval(world.device)
     steps = tqdm(range(progress["step"], sampler.steps), initial=progress["step"], total=sampler.steps,

@@ -275,7 +275,7 @@ FORMATS = {
     ),
     "queries": Format(
         "q.txt", "a cat\n\na \u2028 dog\r\n\U0001f600\n".encode(), lambda path: read_queries(str(path)),
-        lambda text: [line.strip() for line in text.split("\n") if line.strip()],
+        lambda text: [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()],
     ),
     "preset": Format(
         "p.yaml", b"# a preset\nepochs: 5\nlr: 1e-4\nfilter_p: 0.4\nfreeze_towers: true\nmax_frames: 12\n",

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 
@@ -73,14 +74,20 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self) -> Iterator:
-        batches = super().__iter__()
+        with self._heeding():
+            batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return self._noticing(batches)
+        return self._heeded(batches)
 
-    def _noticing(self, batches: Iterator) -> Iterator:
-        try:
+    def _heeded(self, batches: Iterator) -> Iterator:
+        with self._heeding():
             yield from batches
+
+    @contextmanager
+    def _heeding(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise

@@ -181,6 +181,9 @@ def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, emb
     captioner or narrations (a narration file): where sentences come from; neither: frames alone, which is said.
     window: seconds of video that are one answer. fps, short_side: of the frames, as in scripts/extract_frames.py.
     """
+    if window * fps < 1:
+        raise InputError(f"--window {window:g} s is shorter than the {1 / fps:g} s between two frames (--fps): give a "
+                         "longer one")
     index, given = Path(index), [videos_dir] if isinstance(videos_dir, (str, Path)) else list(videos_dir)
     narrator, stored, files = Narrator(captioner, narrations), None, []
     if os.path.exists(index / NAME):

@@ -710,6 +710,14 @@ def test_an_index_that_may_only_be_read(originals):
             index.chmod(0o755)
 
 
+@pytest.mark.parametrize("window, fps", [(1e-9, 1.0), (0.9, 1.0), (5e-324, 1e-300), (1.9, 0.5)])
+def test_a_window_that_holds_no_frame_is_refused_before_anything_is_read(tmp_path, videos, window, fps):
+    """It would be cut into billions."""
+    with pytest.raises(InputError, match=r"--window \S+ s is shorter than the \S+ s between two frames"):
+        update(videos, tmp_path / "i", Fake(), window=window, fps=fps)
+    assert not (tmp_path / "i").exists()
+
+
 def test_an_index_is_gone_on_with_only_as_it_was_made(tmp_path, videos):
     update(videos, tmp_path / "i", Fake())
     for how, match in (
