@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # not installed: run from a checkout
     from narvid import InputError, files
 from narvid.data.frames import is_frame, spelling_among
 from narvid.flags import command  # noqa: F401 (what the scripts start with)
-from narvid.parsing import fault_of
+from narvid.parsing import fault_of, is_blank
 
 SPLITS = ("train", "val", "test")
 AGAIN = "download it again, data/README.md says where"
@@ -135,7 +135,7 @@ def distinct(videos: list[str], where: str | Path) -> list[str]:
 
 def sentence(text: object, where: str) -> str:
     """A caption without surrounding white space; InputError where it is no text or empty."""
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or is_blank(text):
         raise InputError(f"{where}: the caption is {'empty' if isinstance(text, str) else 'no text'}; correct it")
     if fault := fault_of(text):  # of a pickle; JSON was looked at
         raise InputError(f"{where}: {fault}; correct it")

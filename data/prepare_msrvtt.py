@@ -48,7 +48,7 @@ def _fields(sentence: object, where: str) -> tuple[str, str]:
     video, caption = (sentence.get("video_id"), sentence.get("caption")) if isinstance(sentence, dict) else (None, None)
     if not isinstance(video, str) or not isinstance(caption, str):
         raise InputError(f'{where}: no "video_id" or no "caption"; download the file again')
-    if not caption.strip():
+    if corpus.is_blank(caption):
         raise InputError(f"{where}: the caption of {video} is empty; correct it")
     return video, caption.strip()
 

@@ -93,6 +93,14 @@ def fault_of(value: object) -> str | None:
     return TOO_DEEP
 
 
+_SEEN = re.compile(r"[^\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: white space, and letters without width, which spreadsheets leave behind."""
+    return not _SEEN.search(text)
+
+
 # ---- csv ----
 
 

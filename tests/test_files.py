@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from narvid import InputError, files
-from narvid.parsing import parse_json
+from narvid.parsing import is_blank, parse_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEP = 200_000
@@ -398,6 +398,12 @@ def test_a_disk_without_locks_lets_everybody_in(tmp_path, monkeypatch):
 def test_the_door_needs_no_torch():
     code = "import sys, narvid.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("text, blank", [("", True), (" \t\u00a0\u3000", True), ("\u200b \ufeff\u200d", True),
+                                         ("\U0001f600", False), ("...", False), ("\u200ba\u200b", False), ("猫", False)])
+def test_a_text_of_which_nothing_is_seen(text, blank):
+    assert is_blank(text) == blank
 
 
 def test_parse_json_of_a_line_names_it():

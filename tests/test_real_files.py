@@ -70,7 +70,7 @@ def test_lists_and_queries_with_other_line_separators(tmp_path):
     path.write_text(json.dumps({"video": "a\u2028b"}, ensure_ascii=False) + '\n{"video": "c"}\n')
     assert read_list([path]) == {"a\u2028b", "c"}
     path.write_text(f"{ODD}\r\n\nsecond\n")
-    assert read_queries(str(path)) == [ODD, "second"]
+    assert read_queries(str(path)) == [(1, ODD), (3, "second")]
 
 
 # ---- half a surrogate pair, and names that are not UTF-8 ----

@@ -28,6 +28,7 @@ from narvid.data.frames import Picture, check_jpg, draw_frames, frame_paths, pic
 from narvid.data.loader import SHARED_MEMORY, free_shared_memory
 from narvid.data.narrations import Narration, join, with_speech
 from narvid.files import read_json, read_json_lines
+from narvid.parsing import is_blank
 from narvid.progress import tqdm
 
 AGAIN = "prepare the annotations again (data/prepare_<corpus>.py)"
@@ -187,7 +188,7 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
             if type(entry.get(key)) in (int, float):
                 raise InputError(f'{path}:{number}: its "{key}" is the number {entry[key]}, not a text: write it in '
                                  "quotes, as the files are called")
-            if not isinstance(entry.get(key), str) or not entry[key].strip():
+            if not isinstance(entry.get(key), str) or is_blank(entry[key]):
                 raise InputError(f'{path}:{number}: no "{key}"; a line is {{"video": id, "query": text}}')
         pairs.append((number, entry["video"], entry["query"]))
     if not pairs:

@@ -113,6 +113,9 @@ FILES = {
     "blank video": (with_line("train.jsonl", 4, '{"video": " ", "query": "a dog"}'), ["train.jsonl:4", '"video"']),
     "video without a query": (with_line("train.jsonl", 4, '{"video": "train0"}'), ["train.jsonl:4", '"query"']),
     "blank query": (with_line("train.jsonl", 4, '{"video": "train0", "query": " "}'), ["train.jsonl:4", '"query"']),
+    "query without width": (
+        with_line("train.jsonl", 4, '{"video": "train0", "query": "\u200b \u00a0"}'), ["train.jsonl:4", '"query"']
+    ),
     "not UTF-8": (in_latin1, ["train.jsonl", "UTF-8"]),
     "video without frames": (
         with_line("train.jsonl", 5, '{"video": "video77", "query": "a dog"}'),
