@@ -4,10 +4,12 @@
   python scripts/bench_search.py --videos 100000
   python scripts/bench_search.py --videos 1000000 --queries 20          half an hour and more
   python scripts/bench_search.py --index INDEX --queries_file test.jsonl    recall on a real index, features as they are
+  python scripts/bench_search.py --videos 1000 --engine milvus:/tmp/bench.db      the same in Milvus, into a new index
 
 Recall: the share of the exact best (1, and 10) windows that are among stage one's candidates. The exact ranking scores
 every video, block by block, with evaluation's own function. Nothing is held whole but stage one's index: a video's
 features are drawn from (seed, number) alone, whenever they are needed, and drawing is not timed.
+--engine: windows, features and vectors lie in that engine, stage one is its, and features are read from it.
 Timed for a query: stage one; reading the candidates' features, from an index of --stored windows on this disk, most of
 it in the page cache (without CLIP's own frames, a third of a real row); stage two, their scores. Encoding
 the query, which does not grow, is not in it.
@@ -25,11 +27,12 @@ Legend: B queries, V videos, K frames and sentences, L words, D joint dimension.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +49,7 @@ from narvid.progress import tqdm
 from narvid.search.embedding import Embedder
 from narvid.search.engine import CANDIDATES, fuse
 from narvid.search.stage_one import TRAINING, StageOne, candidates_of, files_of
-from narvid.search.store import Store
+from narvid.search.store import EVERY, Store, in_engine, open_store
 from narvid.similarity import match
 
 RANK, TOPICS, EVENTS, WORDS = 11, 300, 2, 12
@@ -57,6 +60,7 @@ SPREAD, POOL = 0.35, 20_000  # length of the noise in D dimensions, where the re
 BLOCK = 500  # videos drawn and scored at a time
 COUNTS = (50, 100, 200, 500, 1000, 2000, 5000, 10000)
 BEST = 10
+Near = Callable[[np.ndarray, int], list[np.ndarray]]  # (vectors (B, W), count) -> ids for each
 MATCHING = {"p": 0.4}  # the paper's filter
 
 
@@ -181,11 +185,25 @@ def measure_statistics(source: Drawn | Real) -> tuple:
     return tuple(matrix_statistics(s) for s in scores.values())
 
 
-def make(source: Drawn | Real, mean: bool) -> StageOne:
-    """Stage one's index, as the engine makes it; mean: of one vector a video, the mean of its frames'."""
+def clustered(vectors: np.ndarray, count: int) -> np.ndarray:
+    """(n, S, W) -> (n, count, W): `count` means of a window's vectors (k-means, ten rounds, begun at vectors evenly
+    spread over it); vectors of zeros are none.
+    """
+    real = vectors.any(axis=2)  # (n, S)
+    first = (np.arange(count) * real.sum(axis=1)[:, None] / count).astype(int)
+    means = np.take_along_axis(vectors, first[..., None], axis=1)  # (n, count, W)
+    for _ in range(10):
+        near = np.einsum("nsw,ncw->nsc", vectors, means) - (means**2).sum(axis=2)[:, None] / 2
+        own = (near.argmax(axis=2)[..., None] == np.arange(count)) & real[..., None]  # (n, S, count)
+        means = np.einsum("nsw,nsc->ncw", vectors, own) / np.maximum(own.sum(axis=1), 1)[..., None]
+    return means.astype(np.float32)
+
+
+def make(source: Drawn | Real, count: int | None) -> StageOne:
+    """Stage one's index, as the engine makes it; count: of so many vectors a window, means of its frames'."""
 
     def pooled(vectors: np.ndarray) -> np.ndarray:
-        return vectors.sum(axis=1, keepdims=True) / vectors.any(axis=2).sum(axis=1)[:, None, None] if mean else vectors
+        return vectors if count is None or count >= vectors.shape[1] else clustered(vectors, count)
 
     first = next(source.vectors())[1]
     wanted = np.random.default_rng(0).permutation(source.ids)[:max(1, TRAINING // first.shape[1])]
@@ -216,24 +234,28 @@ def exact_best(source: Drawn | Real, statistics: tuple) -> np.ndarray:
     return of
 
 
-def recall(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, best: np.ndarray) -> None:
+def recall(source: Drawn | Real, near: Near, vectors: np.ndarray, best: np.ndarray) -> None:
     """Print, for each number of candidates, how much of the exact best they hold."""
     print(f"{'candidates':>10} {'exact best':>11} {f'best {BEST}':>9}")
     for count in [n for n in COUNTS if n < len(source.ids)]:
-        found = [np.isin(row, ids) for row, ids in zip(best, candidates_of(stage, vectors, count, None))]
+        found = [np.isin(row, ids) for row, ids in zip(best, near(vectors, count))]
         print(f"{count:>10} {np.mean([x[0] for x in found]):>10.1%} {np.mean(found):>9.1%}")
 
 
 @torch.no_grad()
-def latency(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, args: argparse.Namespace) -> None:
-    """Print seconds a query: stage one, reading, stage two; median and 95th percentile."""
+def latency(source: Drawn | Real, near_to: Near, vectors: np.ndarray, args: argparse.Namespace,
+            store: Store | None) -> None:
+    """Print seconds a query: stage one, reading, stage two; median and 95th percentile. store: what is read, if made
+    already.
+    """
     taken = []
     with tempfile.TemporaryDirectory() as folder:
-        store, ids = stored(source, Path(folder), args) if isinstance(source, Drawn) else (source.store, source.ids)
+        store = store or stored(source, Path(folder) / "index", args.stored)
+        ids = store.all_windows()
         rng = np.random.default_rng(0)
         for b in tqdm(range(len(vectors)), "latency", leave=False):
             start = time.perf_counter()
-            near = candidates_of(stage, vectors[b:b + 1], args.candidates, None)[0]
+            near = near_to(vectors[b:b + 1], args.candidates)[0]
             first = time.perf_counter()
             arrays = store.features(rng.permutation(ids)[:len(near)].tolist())
             read = time.perf_counter()
@@ -246,15 +268,29 @@ def latency(source: Drawn | Real, stage: StageOne, vectors: np.ndarray, args: ar
         print(f"{name:>10} {np.median(column):>9.1f} {np.percentile(column, 95):>9.1f}")
 
 
-def stored(source: Drawn, folder: Path, args: argparse.Namespace) -> tuple[Store, np.ndarray]:
-    """A real index that holds some of the drawn videos, so that reading can be timed."""
-    store = Store(folder / "index", create={})
-    for start in range(0, min(args.stored, len(source.ids)), BLOCK):
+def stored(source: Drawn, index: str | Path, count: int) -> Store:
+    """A real index that holds some of the drawn videos; with stage one's vectors, where they are kept in an engine."""
+    store = open_store(index, create={"dim": source.d, "narration": True})
+    for start in tqdm(range(0, min(count, len(source.ids)), BLOCK), "storing", unit="block", leave=False):
         videos = source.videos(source.ids[start:start + BLOCK])
-        n = len(videos.mask)
+        n, pooled = len(videos.mask), np.zeros((len(videos.mask), 1), np.float32)
+        if in_engine(index):
+            pooled = torch.cat([videos.frames, videos.narration], dim=2)
+            pooled = torch.cat([pooled, pooled.mean(dim=1, keepdim=True)], dim=1).flatten(1).numpy()
         store.put_file(f"{start}.mp4", 1, 1, 1.0, "", [(0, 0.0, b"", None)], [(0.0, 1.0, [0])] * n,
-                       {name: x.numpy() for name, x in videos._asdict().items()}, np.zeros((n, 1), np.float32))
-    return store, store.all_windows()
+                       {name: x.numpy() for name, x in videos._asdict().items()}, pooled)
+    return store
+
+
+def near_in_engine(store: Store) -> Near:
+    """Stage one of an engine; its windows are numbered from 1 in the order in which they were stored."""
+
+    def near(vectors: np.ndarray, count: int) -> list[np.ndarray]:
+        stage = store.candidates(None, "text", count)
+        stage.refresh()
+        return [ids - 1 for ids in stage.nearest(vectors, EVERY)]
+
+    return near
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -268,12 +304,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
     add("--candidates", type=positive, default=CANDIDATES, help="of the latencies (default %(default)s)")
     add("--stored", type=positive, default=5000, help="windows in the index that is read (default %(default)s)")
-    add("--mean", action="store_true", help="one stage-one vector a video, the mean of its frames'")
+    add("--vectors", type=positive, help="of stage one, a window: so many means of its frames' (default: one a frame)")
     add("--index", help="a real index instead")
     add("--queries_file", help="jsonl with the queries of --index")
+    add("--engine", help="milvus:URI of a new index, in place of FAISS and a folder")
     args = parser.parse_args(argv)
     if bool(args.index) != bool(args.queries_file):
         parser.error("--index and --queries_file belong together")
+    if args.engine and (args.index or args.vectors or not in_engine(args.engine)):
+        parser.error("--engine is milvus:URI, for drawn videos, without --vectors")
     if args.queries > args.videos:
         parser.error("--queries: at most as many as --videos")
     return args
@@ -288,17 +327,30 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(source.ids):,} windows, {len(source.encoded.eos)} queries, {torch.get_num_threads()} threads\n"
           f"{spreads(source)}")
     statistics = measure_statistics(source)
-    start = time.perf_counter()
-    stage = make(source, args.mean)
-    with tempfile.TemporaryDirectory() as folder:
-        stage.save(Path(folder), "text")
-        size = sum(path.stat().st_size for path in files_of(Path(folder), "text"))
-    print(f"stage one: {type(stage.index).__name__}, {stage.index.ntotal:,} vectors, {size / 2**20:,.1f} MiB, made in "
-          f"{time.perf_counter() - start:,.0f} s (drawing or reading them included)", flush=True)
-    vectors = source.stage_one_queries(statistics)
-    latency(source, stage, vectors, args)
+    start, vectors, store = time.perf_counter(), source.stage_one_queries(statistics), None
+    if args.engine:
+        try:
+            store = stored(source, args.engine, args.videos)
+        except InputError as error:
+            sys.exit(f"error: {error}")
+        near, what = near_in_engine(store), f"{args.engine}: {store.milvus.index}, {store.count():,} windows"
+        if os.path.isdir(folder := store.place.uri):
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            what += f", {size / 2**20:,.1f} MiB with features"
+    else:
+        stage = make(source, args.vectors)
+        near = lambda vectors, count: candidates_of(stage, vectors, count, None)  # noqa: E731
+        with tempfile.TemporaryDirectory() as folder:
+            stage.save(Path(folder), "text")
+            size = sum(path.stat().st_size for path in files_of(Path(folder), "text"))
+        what = f"{type(stage.index).__name__}, {stage.index.ntotal:,} vectors, {size / 2**20:,.1f} MiB"
+    print(f"stage one: {what}, made in {time.perf_counter() - start:,.0f} s (drawing or reading them included)",
+          flush=True)
+    latency(source, near, vectors, args, getattr(source, "store", store))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
-    recall(source, stage, vectors, exact_best(source, statistics))
+    recall(source, near, vectors, exact_best(source, statistics))
+    if store is not None:
+        store.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What training and narrating the paper's four corpora cost on GPUs nobody has here: the tables of docs/scaling.md.
+"""What training, narrating and searching cost on machines that nobody has here: the tables of docs/scaling.md.
 
   python scripts/cost.py                        all tables
   python scripts/cost.py --peak 989 --share 0.3     the same for 30 % of the peak, or for another GPU (TFLOP/s)
@@ -276,6 +276,36 @@ def reading_table(rates: list[float]) -> str:
                   "GB at 224", "--cache_frames GiB"], rows)
 
 
+# ---- an index for searching: assumed machines, and the formats of narvid/search ----
+MEMORY, DISK = 128e9 * 0.7, 4e12 * 0.8  # bytes of a machine that are filled: 128 GB of memory, 4 TB of flash
+SCALARS = 3 * 8 + 1 + 2 * 12  # bytes in memory beside a vector in Milvus: id, window, file, a bit; about 12 a value of
+#                               an inverted index on two of them
+PICTURES = 6 * 5_200  # bytes a window: 6 pictures of it are in no window before (half a window overlaps), 5.2 kB each
+#                       (docs/search.md: 1,434 pictures, 7.5 MB)
+
+
+def search_table(_: list[float], k: int = 12, dim: int = DIM) -> str:
+    """What 1, 10 and 100 million windows take: K frames, both views; vectors of W = 2 D numbers, a bit each."""
+    width = 2 * dim
+    vector = width / 8 + 8 + 8  # RaBitQ: bits, two factors; and the id
+    features = k * dim * (4 + 4 + 2) + 2 * k  # frames, sentences, CLIP's frames in 16 bits, masks
+    rows = []
+    for millions in (1, 10, 100):
+        n = millions * 1e6
+        memory = n * (k * (vector + SCALARS) + vector + SCALARS)
+        flash = n * features * 4 / 3  # base64
+        stored = n * (4 * (k + 1) * width + PICTURES * 4 / 3) + flash + memory
+        machines = max(-(-memory // MEMORY), -(-flash // DISK))
+        rows.append([f"{millions}", f"{n * k * vector / 1e9:,.1f}", f"{n * features / 1e9:,.0f}",
+                     f"{n * 2 * (k + 1) * width / 1e9:,.0f}", f"{memory / 1e9:,.1f}", f"{flash / 1e9:,.0f}",
+                     f"{stored / 1e9:,.0f}", f"{machines:.0f}"])
+    return table(f"GB that an index takes, K = {k}, D = {dim}, both views: {vector:.0f} bytes a vector of stage one, "
+                 f"{features:,} of features a window",
+                 ["million windows", "FAISS: stage one, memory", "features, disk", "vectors, disk",
+                  "Milvus: memory of one replica", "its flash (features)", "object storage",
+                  "machines a replica"], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -284,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rates = [args.peak * share * 1e12 for share in args.share]
     print(f"one GPU: {each(args.share, lambda share: f'{share:.0%}')} of {args.peak:g} TFLOP/s\n")
-    tables = (traffic_table, matching_table, training_table, narration_table, reading_table)
+    tables = (traffic_table, matching_table, training_table, narration_table, reading_table, search_table)
     print("\n\n".join(make(rates) for make in tables))
 
 

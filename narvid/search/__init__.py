@@ -3,6 +3,8 @@
   database.py    one SQLite file: locks, threads, transactions, its errors in words
   store.py       the index on disk: what lies in that file, a transaction a video file
   speech_store.py   what is said in the files, in the same database
+  milvus_store.py  the same in Milvus, for many machines: what lies in which collection, the order of writing
+                 milvus.py: connections, rows, errors in words; milvus_lease.py: one writer; milvus_stage.py: stage one
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
   statistics.py  what scores are compared with: for Eq. 11, and what nonsense reaches; neutral.txt: queries for it

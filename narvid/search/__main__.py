@@ -32,7 +32,7 @@ from narvid.search.answers import as_dict, clock, printable
 from narvid.search.folders import folders_of, place
 from narvid.search.parts import Part, parse, parse_arguments, written
 from narvid.search.serving import Client
-from narvid.search.store import Store
+from narvid.search.store import Store, in_engine, is_there, open_store
 
 if TYPE_CHECKING:
     from narvid.search.answers import Answer, Answers
@@ -56,7 +56,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = index.add_argument
     add("videos", type=Path, nargs="+", metavar="VIDEOS", help="folder of video files, searched with its subfolders; "
         "or several: those that the index has and that are not named stay as they are")
-    add("--out", type=Path, required=True, metavar="INDEX", help="the index, a folder of its own")
+    add("--out", type=Path, metavar="INDEX", help="the index, a folder of its own")
+    add("--engine", type=engine, metavar="ENGINE", help="faiss, in the folder --out; or, without --out, milvus:URI, "
+        "which holds all of the index for many machines: milvus:http://HOST:19530/NAME, milvus:FILE.db/NAME [faiss]",
+        default="faiss")
     add("--checkpoint", metavar="RUN", help="a run, an exported folder, or a released NarVid file [plain CLIP]")
     add("--clip_model", help="open_clip name, .json or folder, of plain towers or of a released file [the index's; "
         "else ViT-B-32, on a GPU PE-Core-B-16]")
@@ -82,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     query = commands.add_parser("query", help="answers to a sentence, or a query of several parts",
                                 allow_abbrev=False, epilog=PARTS)
     add = query.add_argument
-    add("index", type=Path, metavar="INDEX")
+    add("index", type=where, metavar="INDEX", help="a folder, or milvus:URI")
     add("text", nargs="*", metavar="TEXT", help="what happens in the video, or parts with + and - between them")
     add("--queries", metavar="FILE", help="one a line; - is the standard input")
     add("--picture", metavar="FILE", help="windows that look like this picture")
@@ -100,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     serve = commands.add_parser("serve", help="a page to search in, on this machine", allow_abbrev=False)
     add = serve.add_argument
-    add("index", type=Path, metavar="INDEX")
+    add("index", type=where, metavar="INDEX", help="a folder, or milvus:URI")
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
     add("--port", type=count, default=8000, help="0 takes a free one [8000]")
     add("--browser", action="store_true", help="open the page in a browser")
@@ -124,6 +127,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace, parser: Parser) -> None:
     """Flags that exclude or need one another."""
     if args.command == "index":
+        if (args.engine == "faiss") == (args.out is None):
+            parser.error("give --out INDEX, the folder of the index" if args.out is None else
+                         f"--out and --engine {args.engine} exclude each other: the engine holds all of the index")
+        args.out = args.out or args.engine
         sources = [f"--{name}" for name in ("captioner", "server", "narrations") if getattr(args, name)]
         if len(sources) > 1:
             parser.error(f"{' and '.join(sources)} exclude each other: give one of them")
@@ -207,8 +214,8 @@ def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
     from narvid.search.towers import choose, describe
 
     name, pretrained = args.clip_model, args.clip_pretrained
-    if name is None and pretrained is None and (args.out / "index.db").exists():
-        with Store(args.out, read_only=True) as store:
+    if name is None and pretrained is None and is_there(args.out):
+        with open_store(args.out, read_only=True) as store:
             settings = store.settings
         if settings.get("checkpoint") is None:
             args.tokenizer = args.tokenizer or settings.get("tokenizer")
@@ -223,7 +230,7 @@ def query_index(args: argparse.Namespace) -> None:
     queries = list(asked_for(args))
     names = ("top", "folder", "min_seconds", "max_seconds", "since", "until")
     same = {name: getattr(args, name) for name in names} | {"one_a_file": not args.moments}
-    with Store(args.index, read_only=True) as store:
+    with open_store(args.index, read_only=True) as store:
         if not store.count():
             raise InputError(f"{args.index}: nothing is indexed yet; fill it with `python -m narvid.search index`")
         if args.folder and not len(store.all_windows(args.folder)):
@@ -234,7 +241,7 @@ def query_index(args: argparse.Namespace) -> None:
                 store.windows([part.value])
             except KeyError:
                 raise InputError(f"window:{part.value}: the index has no such window (any more)") from None
-        served = None if args.exact or args.checkpoint else Client.find(args.index)
+        served = None if args.exact or args.checkpoint else Client.find(store.folder)
         if served:
             found = (served.search(parts, **same) for _, parts in queries)
         else:
@@ -305,7 +312,7 @@ def serve_index(args: argparse.Namespace) -> None:
     """Show the page until it is stopped."""
     from narvid.search import server
 
-    with Store(args.index, read_only=True) as store:
+    with open_store(args.index, read_only=True) as store:
         engine = open_engine(store, args.checkpoint, args.tokenizer)
         server.serve(store, engine, host=args.host, port=args.port, show=args.browser, allowed=args.allow_host,
                      password=args.password, opened=args.open)
@@ -352,6 +359,18 @@ def read_bytes(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def engine(text: str) -> str:
+    """faiss, or milvus: and what follows."""
+    if text != "faiss" and not in_engine(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no engine: faiss and milvus:URI are")
+    return text
+
+
+def where(text: str) -> Path | str:
+    """A folder, or an index in an engine by its name."""
+    return text if in_engine(text) else Path(text)
 
 
 def day(text: str) -> float:

@@ -30,11 +30,10 @@ from narvid.data.frames import read_frames
 from narvid.data.videos import SHORT_SIDE
 from narvid.progress import tqdm
 from narvid.search.answers import printable
-from narvid.search.database import NAME
 from narvid.search.engine import measure_level
 from narvid.search.folders import as_settings, choose, find, name_of, place, place_of
 from narvid.search.reading import join_alike, read_all
-from narvid.search.store import File, Store
+from narvid.search.store import File, Store, in_engine, is_there, open_store
 from narvid.search.sentences import NO_SENTENCE, Narrator
 from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
 from narvid.search.statistics import compute_statistics
@@ -184,10 +183,11 @@ def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, emb
     if window * fps < 1:
         raise InputError(f"--window {window:g} s is shorter than the {1 / fps:g} s between two frames (--fps): give a "
                          "longer one")
-    index, given = Path(index), [videos_dir] if isinstance(videos_dir, (str, Path)) else list(videos_dir)
+    index = str(index) if in_engine(index) else Path(index)
+    given = [videos_dir] if isinstance(videos_dir, (str, Path)) else list(videos_dir)
     narrator, stored, files = Narrator(captioner, narrations), None, []
-    if os.path.exists(index / NAME):
-        with Store(index, read_only=True) as store:
+    if is_there(index):
+        with open_store(index, read_only=True) as store:
             stored, files = store.settings, store.files()
     folders = choose(given, stored, files, index)
     given = [Path(folder).resolve() for folder in given]
@@ -265,11 +265,11 @@ def measure(store: Store, embedder: Embedder, queries: list[str] | None) -> None
     store.update_settings(measured_at=store.change)
 
 
-def open_index(index: Path, settings: dict, narrator: Narrator, embedder: Embedder) -> Store:
+def open_index(index: str | Path, settings: dict, narrator: Narrator, embedder: Embedder) -> Store:
     """The index, open for writing, new where there is none; InputError where it was made with other settings."""
-    if not os.path.exists(index / NAME):
-        return Store(index, create=settings)
-    store = Store(index)
+    if not is_there(index):
+        return open_store(index, create=settings)
+    store = open_store(index)
     try:
         stored = store.settings
         if store.count() or stored.get("captioner") != settings["captioner"]:
@@ -309,7 +309,7 @@ def index_files(
 ) -> None:
     """Read, narrate, encode and store these files, one transaction each; those that cannot be read are printed."""
     settings = store.settings
-    folder = Path(store.path) / FOLDER
+    folder = store.folder / FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if not paths:
         return

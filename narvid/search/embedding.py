@@ -29,6 +29,7 @@ from narvid.model import Queries, Videos, place_frames
 from narvid.retriever import Retriever
 from narvid.run.same_run import OF_START
 from narvid.run.settings import named
+from narvid.search.stage_one import vectors_of
 
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is used
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
@@ -197,15 +198,8 @@ class Embedder:
         return torch.cat(vectors, dim=1).float().cpu().numpy()
 
     def vectors_of(self, pooled: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """What `pool_videos` made, (V, P) -> vectors for queries of a kind, "text" or "like", (V, S, W), and (V,)
-        whether a video has a sentence.
-        """
-        width = len(self.views) * self.settings["dim"]
-        vectors = pooled.reshape(len(pooled), -1, width)
-        has_sentence = vectors[:, -1, self.settings["dim"]:].any(axis=1)
-        if vectors.shape[1] > 1:
-            vectors = vectors[:, -1:] if kind == "like" else vectors[:, :-1]
-        return vectors, has_sentence
+        """What `pool_videos` made, taken apart (stage_one.vectors_of)."""
+        return vectors_of(pooled, self.settings["dim"], len(self.views), kind)
 
     def pool_queries(self, queries: AnyQueries, statistics: ViewStatistics,
                      narration_used: np.ndarray | None = None) -> np.ndarray:

@@ -160,7 +160,7 @@ def serve(store: Store, engine: Engine, *, host: str = "127.0.0.1", port: int = 
     log, until_then = logging.getLogger("uvicorn.error"), lambda record: not running.should_exit
     log.addFilter(until_then)
     try:
-        with announced(Path(store.path), address, key):
+        with announced(store.folder, address, key):
             running.run(sockets=[listener])
     except KeyboardInterrupt:  # raised again by uvicorn when all is closed
         pass

@@ -68,10 +68,10 @@ class Candidates:
                 return
             ids, index = self.store.all_windows(), None
             if len(ids) > self.count:
-                index = (before and before.index) or StageOne.load(self.store.path, self.kind)
+                index = (before and before.index) or StageOne.load(self.store.folder, self.kind)
                 if index is None or len(np.setdiff1d(ids, index.ids)) > self.count:
                     index = make_stage_one(self.store, self.embedder, ids, self.kind)
-                    index.save(self.store.path, self.kind)
+                    index.save(self.store.folder, self.kind)
             self._now = _Windows(change, ids, index, np.setdiff1d(ids, index.ids) if index else ids)
 
     def windows(self, where: Filter, most: float) -> np.ndarray | None:
@@ -195,6 +195,17 @@ class StageOne:
                 return cls(index, kept["ids"], has_sentence) if whole else None
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, BadZipFile):
             return None
+
+
+def vectors_of(pooled: np.ndarray, dim: int, views: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """What Embedder.pool_videos made, (V, P) -> vectors for queries of a kind, "text" or "like", (V, S, W), and (V,)
+    whether a video has a sentence. W = views * dim.
+    """
+    vectors = pooled.reshape(len(pooled), -1, views * dim)
+    has_sentence = vectors[:, -1, dim:].any(axis=1)
+    if vectors.shape[1] > 1:
+        vectors = vectors[:, -1:] if kind == "like" else vectors[:, :-1]
+    return vectors, has_sentence
 
 
 def files_of(folder: Path, kind: str) -> tuple[Path, Path]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from narvid.search.database import SEVERAL, VERSION, Database
+from narvid.search.database import NAME, SEVERAL, VERSION, Database
 from narvid.search.speech_store import HEARD_IN, SpeechStore
 
 if TYPE_CHECKING:
@@ -169,6 +169,11 @@ class Store(Database):
             yield run
             _state(run, "change", self.change + 1)
 
+    @property
+    def folder(self) -> Path:
+        """Where what can be made again lies: clips, frames that wait, stage one."""
+        return self.path
+
     def count(self) -> int:
         """The number of windows."""
         return self.one("SELECT count(*) FROM windows")[0]
@@ -215,7 +220,7 @@ class Store(Database):
         None where the model has no such field. pooled: (n, P) float32.
         """
         known = self._fact("layout")
-        rows, layout = _pack(features, len(windows), known)
+        rows, layout = pack(features, len(windows), known)
         vectors = np.ascontiguousarray(pooled, self._fact("pooled", "<f4"))
         if vectors.shape != (len(windows), vectors[0].size):
             raise ValueError(f"pooled is {vectors.shape}, of {len(windows)} windows")
@@ -295,15 +300,8 @@ class Store(Database):
 
     def features(self, ids: Sequence[int]) -> dict[str, np.ndarray | None]:
         """What put_file got, (n, ...) for these windows in this order; KeyError where one does not exist."""
-        layout = self._fact("layout") or {}
-        found = {name: field and np.empty((len(ids), *field[1]), field[0]) for name, field in layout.items()}
-        for i, (_, row) in enumerate(self._in_order("SELECT window, rows FROM features WHERE window", ids)):
-            start = 0
-            for field in found.values():
-                if field is not None:
-                    field[i] = np.frombuffer(row, field.dtype, field[i].size, start).reshape(field.shape[1:])
-                    start += field[i].nbytes
-        return found
+        rows = self._in_order("SELECT window, rows FROM features WHERE window", ids)
+        return unpack(self._fact("layout") or {}, [row for _, row in rows])
 
     def pooled(self, block: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Stage one's vectors, block by block: ids (n,) int64, rising, and vectors (n, P) float32."""
@@ -377,7 +375,7 @@ def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, narration)
     name = os.fsencode(path)
     run("DELETE FROM files WHERE path = ?", (name,))
     insert = "INSERT INTO files (path, size, mtime_ns, seconds, why, note, told) VALUES (?, ?, ?, ?, ?, ?, ?)"
-    return run(insert, (name, size, mtime_ns, seconds, _text(why), _text(note), narration)).lastrowid
+    return run(insert, (name, size, mtime_ns, seconds, text_of(why), text_of(note), narration)).lastrowid
 
 
 def _file(row: tuple) -> File:
@@ -385,12 +383,12 @@ def _file(row: tuple) -> File:
     return File(id, os.fsdecode(path), *rest)
 
 
-def _text(text: str) -> str:
+def text_of(text: str) -> str:
     """What SQLite can hold: bytes of a file name that are not UTF-8 are written out."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _pack(features: dict[str, np.ndarray | None], n: int, known: dict | None) -> tuple[np.ndarray, dict]:
+def pack(features: dict[str, np.ndarray | None], n: int, known: dict | None) -> tuple[np.ndarray, dict]:
     """Fields (n, ...) -> their bytes side by side (n, bytes), and {name: [type, shape of a row] or None}.
 
     known: the layout of what is there already, whose types are taken; HALF stands for what else is kept in 16 bits.
@@ -405,3 +403,38 @@ def _pack(features: dict[str, np.ndarray | None], n: int, known: dict | None) ->
             layout[name] = [rows.dtype.str, list(rows.shape[1:])]
             parts.append(rows.reshape(n, -1).view(np.uint8))
     return np.concatenate(parts, axis=1), layout
+
+
+def unpack(layout: dict, rows: Sequence[bytes]) -> dict[str, np.ndarray | None]:
+    """What `pack` made, n rows -> {name: (n, ...) or None}."""
+    found = {name: field and np.empty((len(rows), *field[1]), field[0]) for name, field in layout.items()}
+    for i, row in enumerate(rows):
+        start = 0
+        for field in found.values():
+            if field is not None:
+                field[i] = np.frombuffer(row, field.dtype, field[i].size, start).reshape(field.shape[1:])
+                start += field[i].nbytes
+    return found
+
+
+def open_store(index: str | Path, *, create: dict | None = None, read_only: bool = False):
+    """The index, in a folder (Store) or, where its name begins with "milvus:", in Milvus (MilvusStore)."""
+    if not in_engine(index):
+        return Store(index, create=create, read_only=read_only)
+    from narvid.search.milvus_store import MilvusStore  # which reads this file
+
+    return MilvusStore(str(index), create=create, read_only=read_only)
+
+
+def is_there(index: str | Path) -> bool:
+    """Whether there is such an index already."""
+    if not in_engine(index):
+        return os.path.exists(Path(index) / NAME)
+    from narvid.search.milvus_store import is_index
+
+    return is_index(str(index))
+
+
+def in_engine(index: str | Path) -> bool:
+    """Whether an index lies in an engine, not in a folder."""
+    return str(index).startswith("milvus:")

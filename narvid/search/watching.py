@@ -47,7 +47,7 @@ class Watching:
 
     def __init__(self, site: Site, local: bool):
         self.site, self.store, self.local = site, site.store, local
-        self.folder = clips.Folder(Path(site.store.path) / "clips")
+        self.folder = clips.Folder(site.store.folder / "clips")
         self.making = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)))
         self.under_way: dict[clips.Making, float] = {}  # when each was last asked for more
 

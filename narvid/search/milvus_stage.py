@@ -1,0 +1,87 @@
+"""Stage one of a search in Milvus: the windows nearest to a query, asked of the engine that keeps their vectors.
+
+A window has several vectors and a query one, so that a search answers with fewer windows than hits. Where Milvus groups
+by a field (group_by_field; not with every index, IVF_RABITQ among those) it is asked for one hit a window, else for
+PER_CANDIDATE times as many; in either way for twice as many again until there are enough.
+
+Here: what stage_one.py does with FAISS, behind the same three methods. Not here: the collections (milvus_store.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from narvid.search.milvus import GROUPING, MOST
+from narvid.search.stage_one import PER_CANDIDATE
+from narvid.search.store import EVERY, Filter
+
+if TYPE_CHECKING:
+    from narvid.search.milvus_store import MilvusStore
+
+TOGETHER = 16  # queries in a search
+
+
+class MilvusCandidates:
+    """Stage one in Milvus: the three methods of stage_one.Candidates."""
+
+    def __init__(self, store: MilvusStore, kind: str, count: int):
+        self.store, self.kind, self.count = store, kind, count
+        self._now, self._left = None, {}
+
+    def refresh(self) -> None:
+        """Take notice of a changed index."""
+        state = self.store.state()
+        if state != self._now:
+            self._now, self._left = state, {}
+
+    def windows(self, where: Filter, most: float) -> np.ndarray | None:
+        """Ids, rising, of all windows that the filter leaves; None where those are more than `most`."""
+        _, windows, _ = self._of(where)
+        return None if windows > most else self.store.all_windows(*where)
+
+    def nearest(self, queries: np.ndarray, where: Filter) -> list[np.ndarray]:
+        """Ids of the windows to score for each of the queries (B, W), rising: `count` of those with a sentence, and as
+        many of those without.
+        """
+        files, windows, sentences = self._of(where)
+        expression, found = "" if files is None else f"file in {sorted(files)}", []
+        for count, sentence in ((sentences, "true"), (windows - sentences, "false")):
+            if count:
+                parts = [expression] * bool(expression) + [f"sentence == {sentence}"] * (0 < sentences < windows)
+                found.append(self._nearest(queries, min(count, self.count), " and ".join(parts),
+                                           count / max(1, self._now["windows"]), files is None))
+        return [np.unique(np.concatenate(both)) for both in zip(*found)]
+
+    def _of(self, where: Filter) -> tuple[set[int] | None, int, int]:
+        if where == EVERY:
+            return None, self._now["windows"], self._now["sentences"]
+        if where not in self._left:
+            self._left = {where: self.store.files_of(where)}  # the last one: the next page of answers has the same
+        return self._left[where]
+
+    def _nearest(self, queries: np.ndarray, wanted: int, where: str, share: float, check: bool) -> list[list[int]]:
+        """`wanted` windows for each query, best first: more and more hits are asked for, until there are so many.
+
+        check: whether windows of no file may be among the hits.
+        """
+        slots, _ = self.store.fact("vectors")
+        name, window = ("vectors", "window") if self.kind == "text" and slots > 1 else ("windows", "id")
+        grouped = name == "vectors" and self.store.milvus.index in GROUPING
+        limit = wanted * (PER_CANDIDATE if name == "vectors" and not grouped else 1)
+        found, todo = [[] for _ in queries], list(range(len(queries)))
+        while todo:
+            limit, short = min(limit, MOST), []
+            for start in range(0, len(todo), TOGETHER):
+                some = todo[start:start + TOGETHER]
+                rows = self.store.milvus.nearest(name, queries[some], limit, where, [window, "file"],
+                                                 window if grouped else None, share)
+                there = self.store.visible({row["file"] for hits in rows for row in hits}) if check else None
+                for b, hits in zip(some, rows):
+                    ids = dict.fromkeys(row[window] for row in hits if there is None or row["file"] in there)
+                    more, found[b] = len(ids) > len(found[b]), list(ids)[:wanted]
+                    if len(found[b]) < wanted and limit < MOST and (more or len(hits) == limit):
+                        short.append(b)
+            limit, todo = 2 * limit, short
+        return found
