@@ -224,6 +224,18 @@ def wait_for(condition):
     return found
 
 
+def test_the_retriever_of_the_docs(demo, run, tmp_path, monkeypatch, capsys):
+    docs = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "Retriever" in block]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run)
+    for n, name in enumerate(("one.mp4", "two.mp4")):
+        shutil.copy(demo / "videos" / f"video{n}.mp4", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert capsys.readouterr().out.strip() in ("tensor([0])", "tensor([1])")
+
+
 def test_mistakes_are_one_sentence(index, demo, run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for argv, said in {

@@ -710,6 +710,17 @@ def test_a_client_gives_the_password(site, monkeypatch):
                 Client(f"http://127.0.0.1:{port}", password)
 
 
+def test_the_client_of_the_docs(site, monkeypatch, tmp_path, capsys):
+    docs = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "Client" in block]
+    (tmp_path / "INDEX").symlink_to(site.store.path)
+    monkeypatch.chdir(tmp_path)
+    with announced(Path(site.store.path), f"http://127.0.0.1:{site.port}/", "key"):
+        exec(block, {})
+    assert capsys.readouterr().out.splitlines()[0] == "plain.mp4 0.0 8.0 2.0"
+    assert site.engine.asked[-1][:2] == ('"a red star" - "a blue square"', 3)
+
+
 # ---- at the same time ----
 
 
