@@ -31,13 +31,14 @@ from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.parts import Part, name, scaled, sentence
 from narvid.search.reading import first_window
 from narvid.search.statistics import JUDGED_FROM, SHARE, compute_statistics, height, nonsense, of_text
-from narvid.search.store import Filter, Store, Window
+from narvid.search.store import Filter, Frame, Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
 BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views
 RANKED = 5000  # windows that are put together by file
 PLAIN = ((0.0, 1.0), None)  # in place of statistics, where there are none: the cosine alone
 TOGETHER = 64  # queries scored at a time
+SHARED = 2  # times as many windows as a query has candidates: up to so many are scored for all queries of a batch
 
 
 class _Scores(NamedTuple):
@@ -68,6 +69,27 @@ class _Scored(NamedTuple):
     features: AnyQueries  # one row
     scores: _Scores  # one row
     statistics: ViewStatistics | None
+
+
+class _Read:
+    """What the answers to a batch of queries read of the store, once for all of them."""
+
+    def __init__(self, store: Store):
+        self.store, self.level = store, store.fact("level")
+        self._windows: dict[int, Window] = {}
+        self._frames: dict[int, dict[int, Frame]] = {}
+
+    def windows(self, ids: list[int]) -> list[Window]:
+        """These windows, in this order; KeyError where one does not exist (any more)."""
+        new = [id for id in ids if id not in self._windows]
+        self._windows.update(zip(new, self.store.windows(new)))
+        return [self._windows[id] for id in ids]
+
+    def frames(self, window: Window) -> list[Frame]:
+        """The picked frames of a window, in order."""
+        if window.file not in self._frames:
+            self._frames[window.file] = {frame.number: frame for frame in self.store.frames(window.file)}
+        return [self._frames[window.file][number] for number in window.picks]
 
 
 class Abandoned(Exception):
@@ -175,13 +197,20 @@ class Engine:
         statistics = self._statistics()
         if "text" in stages and not of_text(statistics):
             statistics = dict.fromkeys(statistics)  # the cosines alone, of all parts: they are added
-        how = {"top": top, "skip": skip, "one_a_file": one_a_file}
-        if every is not None:
-            scores = self._score(groups, every, statistics, wanted)
-            return [self._answers(_parts_of(b, groups, scores, statistics), every, _is_text(batch[b]),
-                                  self.store.windows(itself[b]), **how) for b in range(len(batch))]
+        how = {"top": top, "skip": skip, "one_a_file": one_a_file, "read": _Read(self.store)}
+        candidates = self._candidates(groups, len(batch), where, statistics) if every is None else [every] * len(batch)
+        union = np.unique(np.concatenate(candidates)) if every is None else every
+        if every is not None or len(union) <= SHARED * self.candidates:  # read once for all of them
+            scores, answers = self._score(groups, union, statistics, wanted), []
+            for b, ids in enumerate(candidates):
+                parts = _parts_of(b, groups, scores, statistics)
+                if len(ids) < len(union):
+                    own = np.searchsorted(union, ids)
+                    parts = [part._replace(scores=_columns(part.scores, own)) for part in parts]
+                answers.append(self._answers(parts, ids, _is_text(batch[b]), self.store.windows(itself[b]), **how))
+            return answers
         answers = []
-        for b, ids in enumerate(self._candidates(groups, len(batch), where, statistics)):
+        for b, ids in enumerate(candidates):
             own = [_part_of_group(group, group.query == b) for group in groups if (group.query == b).any()]
             scores = self._score(own, ids, statistics, wanted)
             answers.append(self._answers(_parts_of(b, own, scores, statistics), ids, _is_text(batch[b]),
@@ -232,11 +261,11 @@ class Engine:
                 for parts in found]
 
     def _answers(self, parts: list[_Scored], ids: np.ndarray, judged: bool, itself: list[Window], *, top: int,
-                 skip: int, one_a_file: bool) -> Answers:
+                 skip: int, one_a_file: bool, read: _Read) -> Answers:
         """The best of n scored windows, for one query; judged: whether it shall be said that nothing fits."""
         fused, answers = sum(part.weight * part.scores.fused[0] for part in parts), Answers()
         if judged and parts[0].statistics is not None:
-            answers.height, level = height(fused), self.store.fact("level")
+            answers.height, level = height(fused), read.level
             answers.fits = None if level is None or answers.height is None else answers.height >= level
         if not top:
             return answers
@@ -244,7 +273,7 @@ class Engine:
         middle = float(np.median(fused))
         near = middle + NEAR * (float(fused.max()) - middle) if answers.fits is not False else inf
         place_of = {}
-        groups = by_file(self._by_rank(ids, fused, order, place_of), itself, one_a_file, near)
+        groups = by_file(self._by_rank(ids, fused, order, place_of, read), itself, one_a_file, near)
         taken = list(groups) if one_a_file else list(islice(groups, skip + top))
         answers.total, taken = len(taken), taken[skip:skip + top]
         if not taken:
@@ -258,7 +287,8 @@ class Engine:
             looked = [Looked(part.weight, part.name, float(part.scores.video[0, place]),
                              float(part.scores.narration[0, place]) if part.scores.both[0, place] else None,
                              part.statistics) for part in parts]
-            frames = self._frames(window, looked, [{view: w[0, j] for view, w in of.items()} for of in weights])
+            frames = self._frames(read.frames(window), looked,
+                                  [{view: w[0, j] for view, w in of.items()} for of in weights])
             heard = [part for part in looked if part.s_narration is not None]
             s_video = sum(part.weight * part.s_video for part in looked)
             s_narration = sum(part.weight * part.s_narration for part in heard) if heard else None
@@ -269,20 +299,19 @@ class Engine:
         return answers
 
     def _by_rank(self, ids: np.ndarray, fused: np.ndarray, order: np.ndarray,
-                 place_of: dict[int, int]) -> Iterator[tuple[float, Window]]:
+                 place_of: dict[int, int], read: _Read) -> Iterator[tuple[float, Window]]:
         """(score, window) from the best on, read from the store as far as is asked for; places in ids are noted."""
         for start in range(0, len(order), 256):
             places = order[start:start + 256]
-            for place, window in zip(places.tolist(), self.store.windows(ids[places].tolist())):
+            for place, window in zip(places.tolist(), read.windows(ids[places].tolist())):
                 place_of[window.id] = place
                 yield float(fused[place]), window
 
-    def _frames(self, window: Window, parts: list[Looked], weights: list[dict[str, np.ndarray]]) -> list[Seen]:
-        """The window's frames with what the parts that are looked for look at: the filter's weights, each a view's
+    def _frames(self, frames: list[Frame], parts: list[Looked],
+                weights: list[dict[str, np.ndarray]]) -> list[Seen]:
+        """A window's frames with what the parts that are looked for look at: the filter's weights, each a view's
         (K,), summed as the parts are; without a filter all count alike.
         """
-        of_file = {frame.number: frame for frame in self.store.frames(window.file)}
-        frames = [of_file[number] for number in window.picks]
         has_sentence = np.array([frame.sentence is not None for frame in frames])
         at_frame, at_sentence, narrated = np.zeros(len(frames)), np.zeros(len(frames)), 0.0
         for part, of in ((part, of) for part, of in zip(parts, weights) if part.weight > 0):
@@ -335,6 +364,11 @@ def _part_of_group(group: _Group, which: np.ndarray) -> _Group:
     return group._replace(features=_rows(group.features, which), narration_used=group.narration_used[which],
                           query=group.query[which], weight=group.weight[which],
                           names=[name for name, own in zip(group.names, which) if own])
+
+
+def _columns(scores: _Scores, places: np.ndarray) -> _Scores:
+    """The scores of these windows."""
+    return _Scores(*(None if x is None else x[:, places] for x in scores))
 
 
 def _rows(features: AnyQueries | _Scores, which: slice | np.ndarray) -> AnyQueries | _Scores:

@@ -307,6 +307,18 @@ def test_few_candidates_are_scored_exactly(index, embedder):
     assert few.search(QUERIES, top=11, exact=True) == every
 
 
+def test_queries_that_share_what_they_read_are_answered_as_each_alone(index, embedder, monkeypatch):
+    few, found = Engine(index, embedder, candidates=4), {}
+    for shared in (0, 100):  # each query's candidates by themselves, and all queries' at once
+        monkeypatch.setattr("narvid.search.engine.SHARED", shared)
+        found[shared] = few.search(QUERIES, top=11)
+    alone = [few.search([query], top=11)[0] for query in QUERIES]
+    for together in found.values():
+        for answers, own in zip(together, alone, strict=True):
+            assert [(a.window, a.words, a.more) for a in answers] == [(a.window, a.words, a.more) for a in own]
+            assert [a.score for a in answers] == pytest.approx([a.score for a in own], abs=1e-5)
+
+
 def test_filters_leave_out_before_anything_is_ranked(index, embedder):
     """Six videos are even, more than there are candidates; stage one must still look among the odd ones."""
     few = Engine(index, embedder, candidates=2)
