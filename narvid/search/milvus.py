@@ -278,19 +278,20 @@ class Milvus:
         """A method of MilvusClient, again and again while nobody answers; what is not loaded (any more) is loaded."""
         until, loaded, said = time.monotonic() + (PATIENCE if self._strong else PATIENCE / 4), False, False
         while True:
+            load = False
             with self._in_words(*args[:1]):
                 try:
                     return getattr(self.client, what)(*args, timeout=PATIENCE, **how)
                 except _pymilvus().MilvusException as error:
                     if not loaded and what != "load_collection" and (
                             error.code == 101 or "not loaded" in str(error.message)):  # its server was started anew
-                        loaded = True
+                        load = loaded = True
                     elif not is_away(error) or time.monotonic() > until:
                         raise
                     elif not said and self._strong:
                         said = True
                         tqdm.write(f"{self.where} does not answer; it is asked again for {PATIENCE:g} s")
-            if loaded:
+            if load:
                 self._load(args[0].removeprefix(f"{self.place.name}_"))
             else:
                 time.sleep(PAUSE)

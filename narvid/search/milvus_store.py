@@ -424,9 +424,10 @@ class NoSpeech:
     def __init__(self, where: str):
         self.where = where
 
-    def put(self, *_) -> None:
-        """Refused."""
-        raise InputError(f"{self.where}: speech is kept in an index of --engine faiss alone; leave it out here")
+    def put(self, file: int, source: str, note: str, said: Sequence, vectors: np.ndarray) -> None:
+        """Refused where something is said."""
+        if len(said):
+            raise InputError(f"{self.where}: speech is kept in an index of --engine faiss alone; index without it")
 
     def count(self) -> tuple[int, int]:
         """Files in which something is said, and utterances."""
