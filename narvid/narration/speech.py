@@ -60,13 +60,13 @@ def sources_of(paths: Sequence[Path], videos: Mapping[str, object],
     found: dict[str, list[Path]] = {}
     strays = []
     for path in _files(paths):
-        video = _video_of(path, videos)
+        video = video_of(path, videos)
         found.setdefault(video, []).append(path) if video else strays.append(path)
     chosen = {}
     for video, of_video in found.items():
         texts = [path for path in of_video if path.suffix.lower() in TEXT_FILES] or of_video
         if len(texts) > 1 and language:
-            texts = [path for path in texts if _tag(path, video).startswith(language.lower())] or texts
+            texts = [path for path in texts if tag_of(path, video).startswith(language.lower())] or texts
         if len(texts) > 1:
             raise InputError(f"{texts[0]} and {texts[1]} both belong to {video}: name one of them, or say --language")
         chosen[video] = texts[0]
@@ -83,7 +83,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
                         and Path(name).suffix.lower() in (*TEXT_FILES, *SUFFIXES))
 
 
-def _video_of(path: Path, videos: Mapping[str, object]) -> str | None:
+def video_of(path: Path, videos: Mapping[str, object]) -> str | None:
     """The id that a file name begins with; what follows may be a language."""
     name = path.stem
     while name not in videos and "." in name:
@@ -91,7 +91,7 @@ def _video_of(path: Path, videos: Mapping[str, object]) -> str | None:
     return name if name in videos else None
 
 
-def _tag(path: Path, video: str) -> str:
+def tag_of(path: Path, video: str) -> str:
     return path.stem[len(video) :].strip(".").lower()
 
 

@@ -231,12 +231,24 @@ def _is_time(value: object) -> bool:
 # ---- tracks of video files ----
 
 
+def has_text_track(path: str | Path, language: str | None = None) -> bool:
+    """Whether a video file holds a track of text, in this language where one is given; InputError names no video."""
+    container, _ = open_video(path)
+    with container:
+        return bool(_text_tracks(container, language))
+
+
+def _text_tracks(container: av.container.InputContainer, language: str | None) -> list[av.stream.Stream]:
+    tracks = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in TEXT_TRACKS]
+    if language is not None:
+        tracks = [s for s in tracks if s.language and s.language.lower()[:2] == language.lower()[:2]]
+    return tracks
+
+
 def _of_video(path: Path, language: str | None) -> list[Timed]:
     container, picture = open_video(path)
     with container:
-        tracks = [s for s in container.streams.subtitles if s.codec_context and s.codec_context.name in TEXT_TRACKS]
-        if language is not None:
-            tracks = [s for s in tracks if s.language and s.language.lower()[:2] == language.lower()[:2]]
+        tracks = _text_tracks(container, language)
         if not tracks:
             pictures = len(container.streams.subtitles)
             what = f"{pictures} tracks of other kinds or languages" if pictures else "no track of subtitles"

@@ -3,6 +3,8 @@
   database.py    one SQLite file: locks, threads, transactions, its errors in words
   store.py       the index on disk: what lies in that file, a transaction a video file
   speech_store.py   what is said in the files, in the same database
+  speech_sources.py  subtitles beside and inside the files, and their sound -> that
+  speech.py      what is said as a third view of a search
   milvus_store.py  the same in Milvus, for many machines: what lies in which collection, the order of writing
                  milvus.py: connections, rows, errors in words; milvus_lease.py: one writer; milvus_stage.py: stage one
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"

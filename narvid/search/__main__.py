@@ -26,6 +26,7 @@ from narvid import InputError
 from narvid.files import as_text, read_text
 from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
+from narvid.narration.transcribe import Transcriber
 from narvid.flags import Parser, command, count, number, positive, positive_float
 from narvid.progress import tqdm
 from narvid.search.answers import as_dict, clock, printable
@@ -81,6 +82,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--watch", action="store_true", help="stay, and index what comes, changes and goes until Ctrl-C")
     add("--every", type=positive_float, metavar="SECONDS", help="between two looks of --watch [5]")
     add("--retry", action="store_true", help="once more what could not be read, or lacks a sentence")
+    add("--no_speech", action="store_true", help="search no speech: leave subtitles alone, and forget those that the "
+        "index holds [what is said is searched: subtitles beside the videos, a.srt, a.en.vtt, and text tracks inside]")
+    add("--speech", metavar="MODEL", help="and hear files without subtitles with this Whisper: a name that "
+        "faster-whisper knows, such as large-v3, or the folder of a converted model")
+    add("--language", metavar="CODE", help="such as en: of several subtitles or tracks; of --speech, where it shall "
+        "not be guessed")
 
     query = commands.add_parser("query", help="answers to a sentence, or a query of several parts",
                                 allow_abbrev=False, epilog=PARTS)
@@ -97,6 +104,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--since", type=day, default=-inf, metavar="DATE", help="only videos of 2024-12-31 or later: recorded then, "
         "where the file says it, else written then")
     add("--until", type=day, default=inf, metavar="DATE", help="only videos of before that day")
+    add("--has_speech", action="store_true", help="only windows in which something is said")
     add("--moments", action="store_true", help="every moment is an answer, not every file")
     add("--exact", action="store_true", help="score every window, not only stage one's candidates")
     add("--json", action="store_true", help="one JSON object a query, one a line")
@@ -136,6 +144,8 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
             parser.error(f"{' and '.join(sources)} exclude each other: give one of them")
         if bool(args.server) != bool(args.model):
             parser.error("--server and --model go together: the address, and the model's name there")
+        if args.no_speech and (args.speech or args.language):
+            parser.error("--no_speech excludes --speech and --language: leave it out, or them")
         if args.prompt and not (args.captioner or args.server):
             parser.error("--prompt is the captioner's: give --captioner or --server too, or leave it out")
         if args.every and not args.watch:
@@ -168,6 +178,7 @@ def index_videos(args: argparse.Namespace) -> None:
     """Make an index of a folder of videos, or bring it up to date."""
     from narvid.search.build import EVERY, WINDOW, update, watch
     from narvid.search.embedding import Embedder
+    from narvid.search.speech_sources import Hearing
 
     queries = [text for _, text in read_queries(args.statistics_queries)] if args.statistics_queries else None
     captioner = None
@@ -183,7 +194,8 @@ def index_videos(args: argparse.Namespace) -> None:
     embedder = Embedder.load(args.checkpoint, clip_model=in_full(name), clip_pretrained=in_full(pretrained),
                              tokenizer=in_full(args.tokenizer), narration=narrated)
     how = {"captioner": captioner, "narrations": args.narrations, "window": args.window or WINDOW, "fps": args.fps,
-           "statistics_queries": queries,
+           "statistics_queries": queries, "hearing": None if args.no_speech else Hearing(
+               Transcriber(args.speech, args.language) if args.speech else None, args.language),
            "workers": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}
     if args.watch:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -195,8 +207,9 @@ def index_videos(args: argparse.Namespace) -> None:
     report = update(args.videos, args.out, embedder, retry=args.retry, check_content=args.check == "content",
                     forget=args.forget, **how)
     moved = f" ({report.moved} moved or renamed)" if report.moved else ""
+    spoken = f"; in {report.spoken} files something is said" if report.spoken else ""
     print(f"{report.added} files new, {report.changed} changed, {report.removed} removed, {report.unchanged} as before"
-          f"{moved}, {report.failed} of all could not be read; {args.out} holds {report.windows} windows")
+          f"{moved}, {report.failed} of all could not be read; {args.out} holds {report.windows} windows{spoken}")
     print(f'search it: python -m narvid.search query {args.out} "what happens"   or: python -m narvid.search serve '
           f"{args.out}")
 
@@ -228,7 +241,7 @@ def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:
 def query_index(args: argparse.Namespace) -> None:
     """Print the answers to one query or many."""
     queries = list(asked_for(args))
-    names = ("top", "folder", "min_seconds", "max_seconds", "since", "until")
+    names = ("top", "folder", "min_seconds", "max_seconds", "since", "until", "has_speech")
     same = {name: getattr(args, name) for name in names} | {"one_a_file": not args.moments}
     with open_store(args.index, read_only=True) as store:
         if not store.count():
@@ -399,6 +412,8 @@ def table(asked: str, answers: Answers) -> Iterator[str]:
         yield f"{a.rank:>5}  {path:{wide}}  {time:>13}  {a.s_video:>6.3f}  {s_narration:>6}  {a.score:>6.2f}"
         more = f", {a.more} more moment{'s' if a.more > 1 else ''}" if a.more else ""
         yield f"{'':7}{printable(a.words)}{more}"
+        if a.said:
+            yield f"{'':7}{clock(a.said.start)} said: {printable(a.said.text)} ({a.speech:+.2f})"
         kept = [f"{clock(f.time)} {f.frame_weight:.0%}" for f in a.frames if f.frame_weight > 0]
         yield f"{'':7}frames {', '.join(kept)}"
         for frame in (f for f in a.frames if f.sentence_weight > 0):

@@ -48,6 +48,14 @@ class Moment(NamedTuple):
     frame: int
 
 
+class Said(NamedTuple):
+    """What is said in an answer, in seconds of its file."""
+
+    start: float
+    end: float
+    text: str
+
+
 class Answer(NamedTuple):
     """A window found: times in seconds of its file; score is Eq. 11's, s_video and s_narration its two parts, of a
     query of several parts the sums of theirs.
@@ -67,10 +75,13 @@ class Answer(NamedTuple):
     words: str  # what happens, and when
     more: int  # further moments in this file
     moments: list[Moment]  # the best of them
+    speech: float | None = None  # what of the score is for what is said (z_qs of speech.py); None where nothing is
+    said: Said | None = None  # what is said that fits best, where it counts
 
     def as_dict(self) -> dict:
-        """For JSON: frames and moments as dicts too."""
-        return self._asdict() | {name: [x._asdict() for x in getattr(self, name)] for name in ("frames", "moments")}
+        """For JSON: frames, moments and what is said as dicts too."""
+        lists = {name: [x._asdict() for x in getattr(self, name)] for name in ("frames", "moments")}
+        return self._asdict() | lists | {"said": self.said and self.said._asdict()}
 
 
 class Answers(list):
@@ -84,9 +95,13 @@ class Answers(list):
 
 
 def as_dict(answer: Answer, file: File) -> dict:
-    """An answer as programs and the page get it: with the file's length, and the moment that its best frame shows."""
+    """An answer as programs and the page get it: with the file's length, and the moment to play from: that of its best
+    frame, or, where what is said counts for most of the score, of that.
+    """
     best = max(answer.frames, key=lambda frame: frame.frame_weight + frame.sentence_weight, default=None)
     moment = {"best": best.number if best else None, "moment": best.time if best else answer.start}
+    if answer.said and 2 * answer.speech > answer.score:
+        moment["moment"] = max(answer.start, answer.said.start)
     return {**answer.as_dict(), **moment, "seconds": file.seconds, "date": date_of(file),
             "recorded": file.recorded is not None}
 
@@ -146,19 +161,21 @@ def in_words(frames: Sequence[Seen], end: float) -> str:
     return when if not sentence or not sentence.strip() else f"{when}: {sentence.strip()}"
 
 
-def reasons(parts: Sequence[Looked], frames: Sequence[Seen]) -> str:
+def reasons(parts: Sequence[Looked], frames: Sequence[Seen], speech: float | None = None,
+            said: Said | None = None) -> str:
     """Why a window stands where it stands, in a sentence: what each part says of it, and which frames count."""
     if len(parts) == 1:
         found = _standing(parts[0])
     else:
         found = "; ".join(f"{'minus ' if part.weight < 0 else ''}{part.name}: {_standing(part)}" for part in parts)
-    best, said = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
+    best, told = (max(frames, key=lambda frame: frame[-n]) for n in (2, 1))
     looked = f"the frame at {best.time:.1f} s counts most ({best.frame_weight:.0%})"
-    if said.sentence_weight > 0:
-        looked += f', of the sentences "{said.sentence}" ({said.sentence_weight:.0%})'
+    if told.sentence_weight > 0:
+        looked += f', of the sentences "{told.sentence}" ({told.sentence_weight:.0%})'
     if best.frame_weight == min(frame.frame_weight for frame in frames):
         looked = "all its frames count alike"
-    return f"{found}; {looked}"
+    spoken = f'; at {clock(said.start)} is said "{said.text}", which adds {speech:.2f}' if said else ""
+    return f"{found}; {looked}{spoken}"
 
 
 def _standing(part: Looked) -> str:

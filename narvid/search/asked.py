@@ -22,7 +22,7 @@ BODY_SECONDS = 60.0  # that a picture may take to arrive
 CLIP_SECONDS = 300.0
 NUMBERS = {  # of all filters: the value where none is given
     "min_seconds": 0.0, "max_seconds": math.inf, "since": -math.inf, "until": math.inf}
-FILTERS = ("top", "skip", "folder", "moments", *NUMBERS)
+FILTERS = ("top", "skip", "folder", "moments", "has_speech", *NUMBERS)
 
 
 def parameters(request: Request, *known: str) -> dict[str, str]:
@@ -39,7 +39,7 @@ def parameters(request: Request, *known: str) -> dict[str, str]:
 def filters(request: Request, *own: str) -> dict:
     """The parameters that every search takes, checked; `own`: those beside them."""
     values = parameters(request, *own, *FILTERS)
-    limits = {"top": (1, MAX_TOP, 10), "skip": (0, MAX_SKIP, 0), "moments": (0, 1, 0)}
+    limits = {"top": (1, MAX_TOP, 10), "skip": (0, MAX_SKIP, 0), "moments": (0, 1, 0), "has_speech": (0, 1, 0)}
     whole = {}
     for name, (least, most, usual) in limits.items():
         whole[name] = whole_number(values.get(name, str(usual)))
@@ -48,7 +48,7 @@ def filters(request: Request, *own: str) -> dict:
             raise HTTPException(400, f"{name} is {values[name][:40]!r}; it must be {wanted}")
     numbers = {name: number(values, name, usual) for name, usual in NUMBERS.items()}
     return {"top": whole["top"], "skip": whole["skip"], "one_a_file": not whole["moments"],
-            "folder": values.get("folder", "").strip("/"), **numbers}
+            "has_speech": bool(whole["has_speech"]), "folder": values.get("folder", "").strip("/"), **numbers}
 
 
 def number(values: dict[str, str], name: str, usual: float | None = None) -> float:

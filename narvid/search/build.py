@@ -36,7 +36,9 @@ from narvid.search.reading import join_alike, read_all
 from narvid.search.store import File, Store, in_engine, is_there, open_store
 from narvid.search.sentences import NO_SENTENCE, Narrator
 from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
-from narvid.search.statistics import compute_statistics
+from narvid.search.speech import Speech
+from narvid.search.speech_sources import Hearing, index_speech, marks
+from narvid.search.statistics import compute_statistics, speech_statistics
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
@@ -49,7 +51,8 @@ OURS = ("window", "fps", "short_side", "captioner", "prompt")  # settings that a
 
 class Report(NamedTuple):
     """Numbers of files: those that this run added, indexed again, forgot; those in the index that could not be read,
-    those that were as before, and those of them that lie elsewhere by now; and of windows, all in all.
+    those that were as before, and those of them that lie elsewhere by now; and of windows, all in all. spoken: of files
+    in which something is said.
     """
 
     added: int
@@ -59,6 +62,7 @@ class Report(NamedTuple):
     unchanged: int
     windows: int
     moved: int = 0
+    spoken: int = 0
 
 
 def update(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embedder: Embedder, *,
@@ -66,8 +70,8 @@ def update(videos_dir: str | Path | Sequence[str | Path], index: str | Path, emb
            forget: Sequence[str] = (), workers: int = 0, **how) -> Report:
     """Bring an index up to date with a folder of video files, or several, or make it.
 
-    how: as `opened` takes it: captioner or narrations, window, fps, short_side. Folders of the index that are not given
-    stay as they are; forget: those to be taken out of it, by name or place.
+    how: as `opened` takes it: captioner or narrations, window, fps, short_side, hearing. Folders of the index that are
+    not given stay as they are; forget: those to be taken out of it, by name or place.
     statistics_queries: to measure the mean and standard deviation for Eq. 11, kept for later runs; None: those that are
     kept, else the narration's sentences, else neutral ones. check_content: read every file, to find those that changed
     without a change of size and date. A file that was moved or renamed is known by its content. retry: once more
@@ -94,6 +98,7 @@ def watch(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embe
         measure(run.store, embedder, statistics_queries)
         say(f"{report.added} files new, {report.changed} changed, {report.removed} removed; watching, Ctrl-C ends it")
         known, before, away = {file.path: file for file in run.known()}, run.found, {}
+        subtitles = run.hearing and marks(run.store, before)
         while True:
             time.sleep(every)
             now = {}
@@ -109,8 +114,9 @@ def watch(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embe
                     away.pop(name, None)
             growing = {path for path, status in now.items() if before.get(path) != status}
             growing |= before.keys() - now.keys()  # gone since the last look: perhaps it comes by another name
-            before = now
-            if not known.keys() - now.keys() - growing and not any(
+            before, subtitles_before = now, subtitles
+            subtitles = run.hearing and marks(run.store, now)
+            if subtitles == subtitles_before and not known.keys() - now.keys() - growing and not any(
                     is_due(known.get(path), now[path], run.narrator, path, False) for path in now.keys() - growing):
                 continue
             report = run.bring_up(now, growing, workers=workers)
@@ -129,6 +135,7 @@ class Run(NamedTuple):
     folders: dict[str, Path]  # of the index
     names: list[str]  # of those that are looked at
     found: dict[str, tuple[int, int]]  # what lies in them: path -> (bytes, mtime in ns)
+    hearing: Hearing | None  # None: the index holds no speech
 
     def known(self) -> list[File]:
         """What the index holds of these folders."""
@@ -149,10 +156,15 @@ class Run(NamedTuple):
         if check_content:
             todo = sorted({*todo, *changed_content(store, known, found.keys() - set(todo))}, key=os.fsencode)
         index_files(store, todo, found, self.narrator, self.embedder, workers)
+        if self.hearing is not None and store.speech.exists:
+            index_speech(store, found, self.embedder, self.hearing, retry)
+        elif store.speech.count()[0]:
+            store.speech.drop()
         changed = len(known.keys() & set(todo))
         failed = sum(bool(file.why) for file in store.files())
         unchanged = sum(not known[path].why for path in found.keys() - set(todo))
-        return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count(), moved)
+        return Report(len(todo) - changed, changed, len(gone), failed, unchanged, store.count(), moved,
+                      store.speech.count()[0])
 
     def forget(self, folder: str) -> int:
         """Take a folder out of the index, with its files; returns how many."""
@@ -174,11 +186,12 @@ class Run(NamedTuple):
 @contextmanager
 def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, embedder: Embedder, *,
            captioner: Captioner | None = None, narrations: str | Path | None = None, window: float = WINDOW,
-           fps: float = 1.0, short_side: int = SHORT_SIDE) -> Iterator[Run]:
+           fps: float = 1.0, short_side: int = SHORT_SIDE, hearing: Hearing | None = Hearing()) -> Iterator[Run]:
     """The index, open for writing or new, and what lies in the given folders.
 
     captioner or narrations (a narration file): where sentences come from; neither: frames alone, which is said.
     window: seconds of video that are one answer. fps, short_side: of the frames, as in scripts/extract_frames.py.
+    hearing: how what is said is found; None: it is not, and what the index holds of it is forgotten.
     """
     if window * fps < 1:
         raise InputError(f"--window {window:g} s is shorter than the {1 / fps:g} s between two frames (--fps): give a "
@@ -201,7 +214,10 @@ def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, emb
     if narrator.is_silent and embedder.frames_alone:
         print(embedder.frames_alone)
     with open_index(index, settings, narrator, embedder) as store:
-        yield Run(store, embedder, narrator, folders, names, found)
+        if hearing is not None and hearing != Hearing() and not store.speech.exists:
+            raise InputError(f"{index}: speech is kept in an index of --engine faiss alone: leave --speech and "
+                             "--language out")
+        yield Run(store, embedder, narrator, folders, names, found, hearing)
 
 
 def follow_moves(store: Store, known: dict[str, File], found: dict[str, tuple[int, int]]) -> int:
@@ -259,6 +275,8 @@ def measure(store: Store, embedder: Embedder, queries: list[str] | None) -> None
         return
     queries = queries or stored
     store.statistics = compute_statistics(store, embedder, queries)
+    of_speech = speech_statistics(store, Speech(store, embedder), embedder, queries)
+    store.set_fact("speech_statistics", of_speech)
     store.set_fact("statistics_queries", queries)
     store.set_fact("level", measure_level(store, embedder))
     store.set_fact("level_measured", True)

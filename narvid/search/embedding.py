@@ -33,6 +33,7 @@ from narvid.search.stage_one import vectors_of
 
 ViewStatistics = tuple[tuple[float, float], tuple[float, float] | None]  # (mean, std) of S_qv; of S_qn, if it is used
 AnyQueries = tuple | dict[str, tuple]  # one for all views, or one for each
+TEXTS = 64  # encoded at a time
 
 
 class Embedder:
@@ -100,6 +101,11 @@ class Embedder:
     def queries(self, texts: list[str]) -> NamedTuple:
         """Texts -> the method's features of B queries (NarVid: Queries)."""
         return self.retriever.encode_queries(texts)
+
+    def text_vectors(self, texts: list[str]) -> np.ndarray:
+        """Texts as the text tower has them, (n, D) float32 of length 1: the eos of each as a query."""
+        parts = [self.queries(texts[start:start + TEXTS]).eos for start in range(0, len(texts), TEXTS)]
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu().numpy()
 
     def videos(self, frames: list[Tensor], sentences: list[list[str | None]] | None = None) -> NamedTuple:
         """V times 1 to K frames (k, 3, S, S) uint8, in order, and the sentence of each -> features of V videos.

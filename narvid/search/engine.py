@@ -26,11 +26,14 @@ from torch import Tensor
 
 from narvid import InputError, fusion
 from narvid.data.frames import read_frames
-from narvid.search.answers import MOMENTS, NEAR, Answer, Answers, Looked, Moment, Seen, by_file, in_words, reasons
+from narvid.search.answers import (MOMENTS, NEAR, Answer, Answers, Looked, Moment, Said, Seen, by_file, in_words,
+                                   reasons)
 from narvid.search.embedding import AnyQueries, Embedder, ViewStatistics
 from narvid.search.parts import Part, name, scaled, sentence
 from narvid.search.reading import first_window
-from narvid.search.statistics import JUDGED_FROM, SHARE, compute_statistics, height, nonsense, of_text
+from narvid.search.speech import Asked, Speech, counted
+from narvid.search.statistics import (JUDGED_FROM, SHARE, compute_statistics, height, nonsense, of_text,
+                                      speech_statistics)
 from narvid.search.store import Filter, Frame, Store, Window
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
@@ -48,6 +51,7 @@ class _Scores(NamedTuple):
     video: np.ndarray  # (P, n)
     narration: np.ndarray | None  # (P, n)
     both: np.ndarray  # (P, n) whether the narration counts
+    speech: np.ndarray | None = None  # (P, n) z_qs, NaN where nothing is said; None where speech plays no part
 
 
 class _Group(NamedTuple):
@@ -59,6 +63,7 @@ class _Group(NamedTuple):
     query: np.ndarray  # (P,) whose part it is
     weight: np.ndarray  # (P,)
     names: list[str]  # P, for an explanation
+    asked: Asked | None = None  # P texts as speech is asked for them; None where nothing is said, and for pictures
 
 
 class _Scored(NamedTuple):
@@ -69,6 +74,7 @@ class _Scored(NamedTuple):
     features: AnyQueries  # one row
     scores: _Scores  # one row
     statistics: ViewStatistics | None
+    asked: Asked | None
 
 
 class _Read:
@@ -103,7 +109,7 @@ class Engine:
         embedder.check(store.settings, store.path)
         self.store, self.embedder, self.candidates = store, embedder, candidates
         self.stages = {kind: store.candidates(embedder, kind, candidates) for kind in ("text", "like")}
-        self._measured = None
+        self.speech, self._measured, self._speech_measured = Speech(store, embedder), None, None
 
     @property
     def window(self) -> tuple[float, float, int, int]:
@@ -116,11 +122,12 @@ class Engine:
         is what see_picture or see_clip makes of it.
 
         Keywords: top (10): how many answers, fewer where there are fewer, after the first `skip` (0); folder (relative
-        to the videos folder), min_seconds, max_seconds (the file's length), since, until (its date, seconds since
-        1970): what lies outside is left out before anything is ranked; exact (False): every window is a candidate;
-        one_a_file (True): an answer is a file, its best window first; wanted: called now and then, and where it answers
-        False the search ends with Abandoned. Of windows of one file that overlap only the best counts, and none that
-        overlaps a window which is asked for. KeyError where there is no such window.
+        to the videos folder), min_seconds, max_seconds (the file's length), since, until (its date, seconds
+        since 1970), has_speech (False; True: something is said in the window): what lies outside is left out before
+        anything is ranked; exact (False): every window is a candidate; one_a_file (True): an answer is a file, its best
+        window first; wanted: called now and then, and where it answers False the search ends with Abandoned. Of windows
+        of one file that overlap only the best counts, and none that overlaps a window which is asked for. KeyError
+        where there is no such window.
         """
         found = []
         for start in range(0, len(queries), TOGETHER):
@@ -170,10 +177,11 @@ class Engine:
         """The parts of a batch of queries, encoded."""
         groups, texts = [], [(b, part) for b, parts in enumerate(batch) for part in parts if part.kind == "text"]
         if texts:
-            narration_used = np.full(len(texts), self.embedder.narration)
-            groups.append(_Group("text", self.embedder.queries([part.value for _, part in texts]), narration_used,
-                                 np.array([b for b, _ in texts]), np.array([part.weight for _, part in texts]),
-                                 [name(part) for _, part in texts]))
+            narration_used, values = np.full(len(texts), self.embedder.narration), [part.value for _, part in texts]
+            encoded = self.embedder.queries(values)
+            groups.append(_Group("text", encoded, narration_used, np.array([b for b, _ in texts]),
+                                 np.array([part.weight for _, part in texts]), [name(part) for _, part in texts],
+                                 self.speech.ask(values, encoded.eos.float().cpu().numpy())))
         for b, part in ((b, part) for b, parts in enumerate(batch) for part in parts if part.kind != "text"):
             videos = part.value
             if part.kind == "window":
@@ -184,9 +192,11 @@ class Engine:
 
     def _found(self, batch: list[list[Part]], *, top: int = 10, folder: str = "", min_seconds: float = 0.0,
                max_seconds: float = inf, since: float = -inf, until: float = inf, exact: bool = False,
-               wanted: Callable[[], bool] | None = None, skip: int = 0, one_a_file: bool = True) -> list[Answers]:
+               wanted: Callable[[], bool] | None = None, skip: int = 0, one_a_file: bool = True,
+               has_speech: bool = False) -> list[Answers]:
         """Answers to each of a batch of queries whose weights are scaled; keywords as in `search`."""
-        groups, where = self._groups(batch), Filter(folder, min_seconds, max_seconds, since, until)
+        groups = self._groups(batch)
+        where = Filter(folder, min_seconds, max_seconds, since, until, has_speech)
         stages = {kind: self.stages[kind] for kind in dict.fromkeys(group.kind for group in groups)}
         for stage in stages.values():
             stage.refresh()
@@ -231,6 +241,10 @@ class Engine:
         for kind, of_kind in vectors.items():
             for b, ids in zip(of_kind, self.stages[kind].nearest(np.stack(list(of_kind.values())), where)):
                 found[b] = np.union1d(found[b], ids)
+        for group in (group for group in groups if group.asked is not None):
+            for p in np.flatnonzero(group.weight > 0):
+                asked, b = _rows(group.asked, slice(p, p + 1)), group.query[p]
+                found[b] = np.union1d(found[b], self.speech.candidates(asked, where, max(1, self.candidates // 4)))
         return found
 
     def _statistics(self) -> dict[str, ViewStatistics]:
@@ -239,6 +253,13 @@ class Engine:
         if stored is None and self._measured is None:
             self._measured = compute_statistics(self.store, self.embedder, None)
         return stored or self._measured
+
+    def _of_speech(self) -> Sequence[Sequence[float]]:
+        """Mean and deviation of share and cosine of what is said (speech.py), as `_statistics`."""
+        stored = self.store.fact("speech_statistics")
+        if stored is None and self._speech_measured is None:
+            self._speech_measured = speech_statistics(self.store, self.speech, self.embedder, None)
+        return stored or self._speech_measured
 
     def _score(self, groups: list[_Group], ids: np.ndarray, statistics: dict[str, ViewStatistics | None],
                wanted: Callable[[], bool] | None) -> list[_Scores]:
@@ -255,8 +276,12 @@ class Engine:
                 scores = self.embedder.score(group.features, videos)
                 both = torch.from_numpy(used[:, None] & has_sentence[None])  # (P, n)
                 fused = scores["video"] if of_kind is None else fuse(scores, both, self.embedder.weight, of_kind)
-                parts.append(_Scores(fused.numpy(), scores["video"].numpy(),
-                                     scores["narration"].numpy() if "narration" in scores else None, both.numpy()))
+                fused, speech = fused.numpy(), None
+                if group.asked is not None and of_kind is not None:
+                    speech = counted(self.speech.fit(group.asked, ids[start:start + BLOCK]), self._of_speech())
+                    fused = fused + np.nan_to_num(speech, nan=0.0)
+                parts.append(_Scores(fused, scores["video"].numpy(), scores["narration"].numpy()
+                                     if "narration" in scores else None, both.numpy(), speech))
         return [_Scores(*(None if column[0] is None else np.concatenate(column, axis=1) for column in zip(*parts)))
                 for parts in found]
 
@@ -281,6 +306,7 @@ class Engine:
         videos = self.embedder.unpack(self.store.features([group[0][1].id for group in taken]))
         weights = [(self.embedder.filter_weights(part.features, videos) or {}) if part.weight > 0 else {}
                    for part in parts]
+        spoken = self._said(parts, [(group[0][1].id, place_of[group[0][1].id]) for group in taken])
         for j, group in enumerate(taken):
             (score, window), others = group[0], group[1:]
             place = place_of[window.id]
@@ -292,11 +318,27 @@ class Engine:
             heard = [part for part in looked if part.s_narration is not None]
             s_video = sum(part.weight * part.s_video for part in looked)
             s_narration = sum(part.weight * part.s_narration for part in heard) if heard else None
+            speech, said = spoken.get(window.id, (None, None))
             moments = [Moment(w.id, w.start, w.end, at, w.picks[len(w.picks) // 2]) for at, w in others[:MOMENTS]]
             answers.append(Answer(
                 skip + j + 1, window.file, window.id, window.path, window.start, window.end, score, s_video,
-                s_narration, frames, reasons(looked, frames), in_words(frames, window.end), len(others), moments))
+                s_narration, frames, reasons(looked, frames, speech, said), in_words(frames, window.end), len(others),
+                moments, speech, said))
         return answers
+
+    def _said(self, parts: list[_Scored], windows: list[tuple[int, int]]) -> dict[int, tuple[float, Said | None]]:
+        """Of windows (id, place among the scores) in which something is said: what it adds to the score, and what the
+        part that it adds most to is answered by; None where it adds nothing.
+        """
+        found = {}
+        for part in (part for part in parts if part.scores.speech is not None):
+            best = self.speech.best(part.asked, [id for id, _ in windows])
+            for id, place in windows:
+                if id in best:
+                    added, most, said = found.get(id, (0.0, 0.0, None))
+                    more = part.weight * float(part.scores.speech[0, place])
+                    found[id] = (added + more, more, Said(*best[id][1:])) if more > most else (added + more, most, said)
+        return {id: (added, said) for id, (added, _, said) in found.items()}
 
     def _by_rank(self, ids: np.ndarray, fused: np.ndarray, order: np.ndarray,
                  place_of: dict[int, int], read: _Read) -> Iterator[tuple[float, Window]]:
@@ -355,7 +397,8 @@ def _parts_of(query: int, groups: list[_Group], scores: list[_Scores],
               statistics: dict[str, ViewStatistics | None]) -> list[_Scored]:
     """The parts of one query out of all groups."""
     return [_Scored(group.weight[p].item(), group.names[p], _rows(group.features, slice(p, p + 1)),
-                    _rows(of_group, slice(p, p + 1)), statistics[group.kind])
+                    _rows(of_group, slice(p, p + 1)), statistics[group.kind],
+                    None if group.asked is None else _rows(group.asked, slice(p, p + 1)))
             for group, of_group in zip(groups, scores) for p in np.flatnonzero(group.query == query).tolist()]
 
 
@@ -363,7 +406,8 @@ def _part_of_group(group: _Group, which: np.ndarray) -> _Group:
     """Those of its parts (P,)."""
     return group._replace(features=_rows(group.features, which), narration_used=group.narration_used[which],
                           query=group.query[which], weight=group.weight[which],
-                          names=[name for name, own in zip(group.names, which) if own])
+                          names=[name for name, own in zip(group.names, which) if own],
+                          asked=None if group.asked is None else _rows(group.asked, which))
 
 
 def _columns(scores: _Scores, places: np.ndarray) -> _Scores:
@@ -371,7 +415,7 @@ def _columns(scores: _Scores, places: np.ndarray) -> _Scores:
     return _Scores(*(None if x is None else x[:, places] for x in scores))
 
 
-def _rows(features: AnyQueries | _Scores, which: slice | np.ndarray) -> AnyQueries | _Scores:
+def _rows(features: AnyQueries | _Scores | Asked, which: slice | np.ndarray) -> AnyQueries | _Scores | Asked:
     """These rows of a tuple of arrays or tensors."""
     if isinstance(features, dict):
         return {view: _rows(of_view, which) for view, of_view in features.items()}

@@ -20,7 +20,7 @@ from urllib.parse import urlencode, urlsplit
 
 from narvid import InputError
 from narvid.files import replace
-from narvid.search.answers import Answer, Answers, Moment, Seen
+from narvid.search.answers import Answer, Answers, Moment, Said, Seen
 from narvid.search.parts import Part, parse, written
 
 NAME = "serving.json"
@@ -71,7 +71,8 @@ class Client:
         return None
 
     def search(self, query: str | Sequence[Part], *, top: int = 10, folder: str = "", min_seconds: float = 0.0,
-               max_seconds: float = inf, since: float = -inf, until: float = inf, one_a_file: bool = True) -> Answers:
+               max_seconds: float = inf, since: float = -inf, until: float = inf, has_speech: bool = False,
+               one_a_file: bool = True) -> Answers:
         """Answers to a sentence, or to a query of parts: pictures and clips are files here, or named as sent before.
 
         The keywords are the engine's.
@@ -80,7 +81,7 @@ class Client:
         given = {"folder": folder, "min_seconds": min_seconds, "max_seconds": max_seconds, "since": since,
                  "until": until}
         values = {name: value for name, value in given.items() if value != usual[name]}
-        values |= {} if one_a_file else {"moments": 1}
+        values |= ({} if one_a_file else {"moments": 1}) | ({"has_speech": 1} if has_speech else {})
         parts = parse(query) if isinstance(query, str) else query
         values["q"] = written([self._sent(part) for part in parts])
         left, answers = top, Answers()
@@ -91,6 +92,7 @@ class Client:
             for said in found["answers"]:
                 said["frames"] = [Seen(**frame) for frame in said["frames"]]
                 said["moments"] = [Moment(**moment) for moment in said["moments"]]
+                said["said"] = said["said"] and Said(**said["said"])
                 answers.append(Answer(**{name: said[name] for name in Answer._fields}))
             if len(found["answers"]) < more["top"]:
                 break

@@ -242,6 +242,7 @@ def about(store: Store, frames_alone: str) -> dict:
     narrated = settings["narration"] and settings["captioner"] is not None
     read = [file for file in files if not file.why]
     failed = [{"path": file.path, "why": file.why} for file in files if file.why]
+    unheard = [{"path": file.path, "why": file.speech_note} for file in files if file.speech_note]
     folders = {parent.as_posix() for file in read for parent in Path(file.path).parents} - {"."}
     return {
         "videos": " and ".join(folder.name for folder in folders_of(settings).values()),
@@ -251,6 +252,8 @@ def about(store: Store, frames_alone: str) -> dict:
         "folders": sorted(folders)[:MAX_LISTED],
         "failed": failed[:MAX_LISTED],
         "failures": len(failed),
+        "spoken": store.speech.count()[0],
+        "unheard": unheard[:MAX_LISTED],
         "method": settings["method"],
         "narrated": narrated,
         "loses": "" if narrated else frames_alone,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from narvid.search.store import Store
+    from narvid.search.store import Filter, Store
 
 SCHEMA = """
 CREATE TABLE speech_of (file INTEGER PRIMARY KEY REFERENCES files ON DELETE CASCADE, source TEXT NOT NULL,
@@ -83,7 +83,8 @@ class SpeechStore:
         utterances, which lie within the file; vectors (m, D).
         """
         rows = np.ascontiguousarray(vectors, "<f2")
-        with self.store.changing() as run:
+        heard = said or self.of_file(file)  # silence changes no answer
+        with self.store.changing() if heard else self.store.transaction() as run:
             run("DELETE FROM speech WHERE file = ?", (file,))
             run("INSERT OR REPLACE INTO speech_of VALUES (?, ?, ?)", (file, source, note))
             for (start, end, text), row in zip(said, rows, strict=True):
@@ -108,9 +109,12 @@ class SpeechStore:
 
     # ---- all of it ----
 
-    def ids(self) -> np.ndarray:
-        """Ids (m,) int64 of all utterances, rising."""
-        rows = self.store.all("SELECT id FROM speech ORDER BY id") if self.exists else []
+    def ids(self, where: Filter | None = None) -> np.ndarray:
+        """Ids (m,) int64 of all utterances, or of those in the files that a filter leaves, rising."""
+        if not self.exists:
+            return np.empty(0, np.int64)
+        joined, values = self.store.narrowed("speech", where) if where else ("", [])
+        rows = self.store.all(f"SELECT speech.id FROM speech{joined} ORDER BY speech.id", *values)
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def vectors(self, block: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:

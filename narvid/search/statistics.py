@@ -18,6 +18,7 @@ from torch import Tensor
 from narvid import fusion
 from narvid.files import read_lines
 from narvid.search.embedding import Embedder, ViewStatistics
+from narvid.search.speech import Speech
 from narvid.search.store import Store, Window
 
 SAMPLE = (256, 1024)  # queries and windows whose pairs make the statistics of Eq. 11
@@ -46,12 +47,33 @@ def compute_statistics(store: Store, embedder: Embedder, queries: list[str] | No
     other = other if other.any() else np.ones_like(other)
     both = has_sentence[:SAMPLE[0], None] & has_sentence[None]
     like = _measure(embedder.score(embedder.like(some), videos), other, other & both)
-    if not queries:
-        queries = (sorted(_sentences(store, windows)) if embedder.narration else []) or read_lines(NEUTRAL)
-    encoded = embedder.queries([queries[i] for i in rng.permutation(len(queries))[:SAMPLE[0]]])
+    encoded = embedder.queries(_some_queries(rng, store, embedder, queries, windows))
     all_pairs = np.ones((len(encoded[0]), len(ids)), dtype=bool)
     scores = embedder.score(encoded, videos)
     return {"text": _measure(scores, all_pairs, all_pairs & has_sentence[None]), "like": like}
+
+
+@torch.no_grad()
+def speech_statistics(store: Store, speech: Speech, embedder: Embedder, queries: list[str] | None,
+                      seed: int = 0) -> list[tuple[float, float]] | None:
+    """Mean and standard deviation of share and cosine (speech.py), over queries as above and windows in which something
+    is said; None where nothing is.
+    """
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(store.all_windows(has_speech=True))[:SAMPLE[1]].tolist()
+    if not ids:
+        return None
+    chosen = _some_queries(rng, store, embedder, queries, store.windows(ids))
+    fit = speech.fit(speech.ask(chosen, embedder.text_vectors(chosen)), ids)
+    return [_moments(torch.from_numpy(x)) for x in fit]
+
+
+def _some_queries(rng: np.random.Generator, store: Store, embedder: Embedder, queries: list[str] | None,
+                  windows: list[Window]) -> list[str]:
+    """SAMPLE of these queries, else of the sentences of these windows, else of neutral ones."""
+    if not queries:
+        queries = (sorted(_sentences(store, windows)) if embedder.narration else []) or read_lines(NEUTRAL)
+    return [queries[i] for i in rng.permutation(len(queries))[:SAMPLE[0]]]
 
 
 def of_text(statistics: dict[str, ViewStatistics]) -> bool:
@@ -82,9 +104,13 @@ def height(fused: np.ndarray) -> float | None:
 def _measure(scores: dict[str, Tensor], pairs: np.ndarray, has_sentence: np.ndarray) -> ViewStatistics:
     """Statistics of the scores of these pairs (B, n); of S_qn over those with a sentence, None where there is none."""
     def of(view: str, chosen: np.ndarray) -> tuple[float, float]:
-        mean, std = fusion.matrix_statistics(scores[view][torch.from_numpy(chosen)])
-        return mean, std * (std > 1e-3)  # copies of one picture differ less: to divide by that makes scores of millions
+        return _moments(scores[view][torch.from_numpy(chosen)])
     return of("video", pairs), of("narration", has_sentence) if "narration" in scores and has_sentence.any() else None
+
+
+def _moments(scores: Tensor) -> tuple[float, float]:
+    mean, std = fusion.matrix_statistics(scores)
+    return mean, std * (std > 1e-3)  # copies of one picture differ less: to divide by that makes scores of millions
 
 
 def _sentences(store: Store, windows: list[Window]) -> set[str]:

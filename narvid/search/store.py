@@ -281,22 +281,26 @@ class Store(Database):
         until: seconds since 1970, when it was recorded, else when it was last written to; the second is excluded.
         has_speech: only those in which something is said.
         """
-        sql, values = "SELECT windows.id FROM windows", []
-        if (folder, min_seconds, max_seconds, since, until, has_speech) != EVERY:
-            marked = self._has("marks")
-            sql += " JOIN files ON files.id = windows.file"
-            sql += " LEFT JOIN marks ON marks.file = files.id" if marked else ""
-            date = "coalesce(recorded, mtime_ns / 1e9)" if marked else "mtime_ns / 1e9"
-            sql += f" WHERE seconds BETWEEN ? AND ? AND {date} >= ? AND {date} < ?"
-            values = [min_seconds, max_seconds, since, until]
-        if parts := [part for part in folder.split("/") if part not in ("", ".")]:
+        where = Filter(folder, min_seconds, max_seconds, since, until, has_speech)
+        joined, values = self.narrowed("windows", where) if where != EVERY else ("", [])
+        rows = self.all(f"SELECT windows.id FROM windows{joined} ORDER BY windows.id", *values)
+        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+
+    def narrowed(self, table: str, where: Filter) -> tuple[str, list]:
+        """SQL behind `FROM table`, windows or speech, that leaves a filter's rows, and its values."""
+        marked = self._has("marks")
+        sql = f" JOIN files ON files.id = {table}.file"
+        sql += " LEFT JOIN marks ON marks.file = files.id" if marked else ""
+        date = "coalesce(recorded, mtime_ns / 1e9)" if marked else "mtime_ns / 1e9"
+        sql += f" WHERE seconds BETWEEN ? AND ? AND {date} >= ? AND {date} < ?"
+        values = [where.min_seconds, where.max_seconds, where.since, where.until]
+        if parts := [part for part in where.folder.split("/") if part not in ("", ".")]:
             prefix = os.fsencode("/".join(parts))
             sql += " AND path > ? AND path < ?"
             values += [prefix + b"/", prefix + b"0"]  # the byte behind the slash
-        if has_speech:
+        if where.has_speech and table == "windows":
             sql += f" AND EXISTS (SELECT 1 FROM speech WHERE {HEARD_IN})" if self.speech.exists else " AND 0"
-        rows = self.all(f"{sql} ORDER BY windows.id", *values)
-        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+        return sql, values
 
     def features(self, ids: Sequence[int]) -> dict[str, np.ndarray | None]:
         """What put_file got, (n, ...) for these windows in this order; KeyError where one does not exist."""

@@ -116,6 +116,28 @@ def test_a_query_gives_cards_in_words_and_numbers_behind_why(opened):
     assert page.evaluate("document.activeElement.closest('.card') !== null")
 
 
+def test_what_is_said_is_shown_and_played(opened):
+    page = opened("/?q=x")
+    assert cards(page).locator(".spoken").all_inner_texts() == [f"0:05 said: “he says {HOSTILE_SENTENCE}”"]
+    page.locator("#speaks input").check()
+    page.wait_for_function("() => document.querySelectorAll('#answers .card').length === 1")
+    assert "has_speech=1" in page.url and names(page) == [HOSTILE]
+    detail = open_card(page, "onerror")
+    at = "(s) => { const v = document.querySelector('dialog video'); return v.currentTime > s && v.readyState >= 2; }"
+    page.wait_for_function(at, arg=4.9)  # what is said counts for most of the score
+    detail.locator("video").evaluate("(video) => { video.pause(); video.currentTime = 0; }")
+    detail.locator("button", has=page.locator(".spoken")).click()
+    page.wait_for_function(at, arg=4.9)
+    detail.locator("summary").click()
+    assert detail.locator(".scores").inner_text().endswith("speech\n1.80")
+    page.keyboard.press("Escape")
+    page.locator("#unheard summary").click()
+    assert page.locator("#unheard li").all_inner_texts() == ["plain.mp4: plain.srt is amiss"]
+    page.locator("#clear").click()
+    page.wait_for_function("() => document.querySelectorAll('#answers .card').length === 4")
+    assert not page.locator("#has_speech").is_checked()
+
+
 def test_a_thumbnail_moves_while_it_is_pointed_at(opened):
     page = opened("/?q=x")
     image = cards(page).first.locator("img")

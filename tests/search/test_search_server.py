@@ -38,7 +38,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from narvid.search import __main__ as commands
 from narvid.search import asked, clips, guard, server
 from narvid.search import site as sites
-from narvid.search.answers import Answer, Answers, Moment, Seen
+from narvid.search.answers import Answer, Answers, Moment, Said, Seen
 from narvid.search.engine import Abandoned
 from narvid.search import Client
 from narvid.search.parts import written
@@ -72,7 +72,7 @@ class FakeEngine:
         return [self.found(query, **same) for query in queries]
 
     def found(self, parts, *, top, folder, min_seconds, max_seconds, skip=0, since=-inf, until=inf, wanted=None,
-              one_a_file=True, exact=False):
+              one_a_file=True, exact=False, has_speech=False):
         query = parts if isinstance(parts, str) else name_of(parts)
         self.since, self.one_a_file = (since, until), one_a_file
         self.asked.append((query, top, folder, min_seconds, max_seconds))
@@ -89,7 +89,8 @@ class FakeEngine:
             raise RuntimeError("secret detail")
         if query == "busy":
             raise InputError("the index is being written by another process; wait for it")
-        ids = [] if query == "none" else self.store.all_windows(folder, min_seconds, max_seconds, since, until)
+        where = folder, min_seconds, max_seconds, since, until, has_speech
+        ids = [] if query == "none" else self.store.all_windows(*where)
         answers = Answers([self.answer(rank, w) for rank, w in enumerate(self.store.windows(ids), 1)][skip:skip + top])
         answers.total, answers.fits = len(ids), query != "gibberish"
         return answers
@@ -117,9 +118,10 @@ class FakeEngine:
 
     def answer(self, rank, window):
         frames = [Seen(*frame, weight, weight) for frame, weight in zip(self.store.frames(window.file), WEIGHTS)]
-        why = f"because of {HOSTILE_SENTENCE}"
+        why, said = f"because of {HOSTILE_SENTENCE}", self.store.speech.of_file(window.file)
         return Answer(rank, window.file, window.id, window.path, window.start, window.end, 3.0 - rank, 0.5, 0.25,
-                      frames, why, "0:02 to 0:06: it stays red", 1, [Moment(window.id, 6.0, 8.0, 1.5, 3)])
+                      frames, why, "0:02 to 0:06: it stays red", 1, [Moment(window.id, 6.0, 8.0, 1.5, 3)],
+                      *((0.9 * (3.0 - rank), Said(*said[0][1:])) if said else ()))
 
 
 def put(store, name, *, path=None):
@@ -147,6 +149,9 @@ def make_index(home):
         for name in ("plain.mp4", "sub/old.avi", HOSTILE, "sub/deep/third.mp4"):
             put(store, name)
         store.fail_file("broken.mp4", 3, 3, "broken.mp4 cannot be opened as a video")
+        id_of = {file.path: file.id for file in store.files()}
+        store.speech.put(id_of[HOSTILE], "x", "", [(5.0, 7.0, f"he says {HOSTILE_SENTENCE}")], np.ones((1, 2)))
+        store.speech.put(id_of["plain.mp4"], "y", "plain.srt is amiss", [], np.ones((0, 2)))
     return home / "index"
 
 

@@ -22,7 +22,8 @@ const midnight = (date, days) => (date ? String(new Date(date + "T00:00:00").get
 function filterValues() {
   const [least, most] = rangeOf(byId("length").value || "-");
   return { folder: byId("folder").value, min_seconds: least, max_seconds: most, since: midnight(byId("since").value, 0),
-    until: midnight(byId("until").value, 1), moments: byId("moments").checked ? "1" : "" };
+    until: midnight(byId("until").value, 1), moments: byId("moments").checked ? "1" : "",
+    has_speech: byId("has_speech").checked ? "1" : "" };
 }
 
 function addressOf(changes) {
@@ -63,7 +64,8 @@ function remember() {
 
 async function request(address, skip, signal) {
   const values = new URLSearchParams(address);
-  const known = ["q", "parts", "like", "picture", "folder", "min_seconds", "max_seconds", "since", "until", "moments"];
+  const known = ["q", "parts", "like", "picture", "folder", "min_seconds", "max_seconds", "since", "until", "moments",
+    "has_speech"];
   for (const name of [...values.keys()]) if (!known.includes(name)) values.delete(name);
   let path = "/api/search?";
   if (values.has("like")) {
@@ -161,6 +163,8 @@ function fillForm(values) {
   byId("since").value = values.get("since") ? date(values.get("since"), 0) : "";
   byId("until").value = values.get("until") ? date(values.get("until"), 1) : "";
   byId("moments").checked = values.get("moments") === "1";
+  byId("has_speech").checked = values.get("has_speech") === "1";
+  if (byId("has_speech").checked) byId("speaks").hidden = false;
   const narrowed = Object.values(filterValues()).filter(Boolean).length;
   byId("clear").hidden = !narrowed;
   byId("more_filters").textContent = narrowed ? "Filters (" + narrowed + ")" : "Filters";
@@ -255,7 +259,8 @@ function showResult(known) {
   showSource(head, answers);
   if (!answers.length) {
     const set = [byId("folder").value && "in this folder", byId("length").value && "of this length",
-      (byId("since").value || byId("until").value) && "of these days"].filter(Boolean);
+      (byId("since").value || byId("until").value) && "of these days",
+      byId("has_speech").checked && "in which something is said"].filter(Boolean);
     say(["No answer" + (set.length ? " " + set.join(" and ") + "; widen the filters." : "; the index is empty.")]);
     return;
   }
@@ -304,10 +309,17 @@ function showAbout() {
   const chosen = byId("folder").value;
   byId("folder").replaceChildren(new Option("all", ""), ...index.folders.map((folder) => new Option(folder, folder)));
   choose(byId("folder"), chosen);
-  byId("failed").hidden = !index.failures;
-  byId("failed").firstElementChild.textContent = plural(index.failures, "file") + " could not be read";
-  byId("failed").lastElementChild.replaceChildren(...index.failed.map((file) => make("li", "", visible(file.path + ": " + file.why))),
-    ...(index.failures > index.failed.length ? [make("li", "", "…")] : []));
+  byId("speaks").hidden = !index.spoken && !byId("has_speech").checked;
+  listFiles("failed", index.failures, "could not be read", index.failed);
+  listFiles("unheard", index.unheard.length, index.unheard.length === 1 ? "has subtitles that are amiss"
+    : "have subtitles that are amiss", index.unheard);
+}
+
+function listFiles(id, count, what, files) {
+  byId(id).hidden = !count;
+  byId(id).firstElementChild.textContent = plural(count, "file") + " " + what;
+  byId(id).lastElementChild.replaceChildren(...files.map((file) => make("li", "", visible(file.path + ": " + file.why))),
+    ...(count > files.length ? [make("li", "", "…")] : []));
 }
 
 // ---- pictures and clips, and the rest, once ----
@@ -348,10 +360,10 @@ byId("form").addEventListener("submit", (event) => {
   seen.delete(addressOf({ q: query, parts: writeParts(parts) }));
   goParts(query, parts);
 });
-for (const id of ["folder", "length", "since", "until", "moments"]) byId(id).addEventListener("change", again);
+for (const id of ["folder", "length", "since", "until", "moments", "has_speech"]) byId(id).addEventListener("change", again);
 byId("clear").addEventListener("click", () => {
   for (const id of ["folder", "length", "since", "until"]) byId(id).value = "";
-  byId("moments").checked = false;
+  byId("moments").checked = byId("has_speech").checked = false;
   again();
 });
 byId("more_filters").addEventListener("click", () => {

@@ -89,6 +89,10 @@ function makeWords(words) {
     : make("span", "words", null, make("b", "number", words.slice(0, at)), " " + words.slice(at + 2));
 }
 
+function makeSaid(said) {
+  return said && make("span", "spoken", null, make("b", "number", clock(said.start) + " said:"), " “" + said.text + "”");
+}
+
 function makeCard(answer, open) {
   const tag = make("span", "tag number", clock(answer.seconds));
   const more = answer.more ? make("span", "tag more", plural(answer.more, "more moment")) : null;
@@ -97,7 +101,7 @@ function makeCard(answer, open) {
   const name = make("span", "name", fileOf(answer.path));
   name.title = answer.path;
   const button = makeButton(null, open);
-  button.append(thumb, make("span", "text", null, makeWords(answer.words), name));
+  button.append(thumb, make("span", "text", null, makeWords(answer.words), makeSaid(answer.said), name));
   moveWhenPointedAt(button, thumb);
   return make("li", "card", null, button);
 }
@@ -259,9 +263,10 @@ function makeScores(answer) {
     row.title = title;
     list.append(row);
   };
-  add("score", null, answer.score, 2, "both views, standardised and added (Eq. 11); answers are sorted by it");
+  add("score", null, answer.score, 2, "the views, standardised and added (Eq. 11); answers are sorted by it");
   add("S", "qv", answer.s_video, 3, "query and frames: what is seen");
   add("S", "qn", answer.s_narration, 3, "query and narration: what its sentences say");
+  add("speech", null, answer.speech, 2, "query and what is said: what of the score is for it");
   return list;
 }
 
@@ -329,7 +334,10 @@ function makeDetail(answer, acts, local) {
   const said = make("p", "soft");
   said.setAttribute("role", "status");
   detail.said = said;
-  detail.append(figure, make("div", "", null, make("p", "said", answer.words),
+  const heard = makeSaid(answer.said);
+  const play = heard && makeButton(null, () => video.jump(answer.said.start), "plain");
+  if (play) play.append(heard);
+  detail.append(figure, make("div", "", null, make("p", "said", answer.words), play,
     make("p", "where", null, make("span", "", answer.path.slice(0, at)), make("b", "", answer.path.slice(at))),
     make("p", "where number", clock(answer.start) + "–" + clock(answer.end) + " of " + clock(answer.seconds) + ", " + date),
     row, said));
