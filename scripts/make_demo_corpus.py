@@ -4,10 +4,10 @@
     python scripts/make_demo_corpus.py narrate --out demo          # narrations.jsonl, once the frames are extracted
 
 A video is three events (`--events`) one after the other on one background. An event is a coloured shape doing something
-somewhere: 8 colours x 6 shapes x 5 actions x 5 places. A query (grammar A) names two of them in order, or one with
-`--mentioned 1`; a narration (grammar B) has one sentence a frame, written by an imperfect captioner simulated from the
-stored truth. The grammars share no word for a colour, shape, action or place. Everything depends on the seed and the
-video's number alone, so neither the order nor the number of workers matters.
+somewhere: 8 colours x 6 shapes x 5 actions x 5 places. A query (grammar A) names two of them in order, or one, or as it
+falls (`--mentioned`); a narration (grammar B) has one sentence a frame, written by an imperfect captioner simulated
+from the stored truth. The grammars share no word for a colour, shape, action or place. Everything depends on the seed
+and the video's number alone, so neither the order nor the number of workers matters.
 
 What lives here: the grammars, the drawing, the encoding, the annotation files. What must not: anything training reads
 that a real corpus does not have. `truth.jsonl` is for the simulated captioner and the tests only.
@@ -141,20 +141,21 @@ def make_queries(seed: int, number: int, events: list[dict], count: int = CAPTIO
                  mentioned: int = MENTIONED) -> list[tuple[str, list[dict]]]:
     """`count` different captions of one video, each with what it mentions: one of the events or two, in order.
 
-    A mention names all four attributes in three cases of four, else three of them.
+    mentioned 0: one or two, as it falls. A mention names all four attributes in three cases of four, else three.
     """
     rng = random_of(seed, number, QUERY_STREAM)
     queries = {}
     while len(queries) < count:
-        if mentioned == len(events) - 1:
+        named = mentioned or int(rng.integers(1, 3))
+        if named == len(events) - 1:
             unmentioned = {rng.integers(len(events))}
         else:
-            unmentioned = {*range(len(events))} - {*rng.choice(len(events), mentioned, replace=False).tolist()}
+            unmentioned = {*range(len(events))} - {*rng.choice(len(events), named, replace=False).tolist()}
         mentions = []
         for event in (events[i] for i in range(len(events)) if i not in unmentioned):
             left_out = pick(rng, ATTRIBUTES) if rng.random() < 0.25 else None
             mentions.append({attribute: event[attribute] for attribute in ATTRIBUTES if attribute != left_out})
-        frames = QUERY_FRAMES if mentioned == 2 else ("{}",)
+        frames = QUERY_FRAMES if named == 2 else ("{}",)
         text = pick(rng, frames).format(*(say(rng, MENTIONS, mention, QUERY) for mention in mentions))
         queries.setdefault(text, mentions)
     return list(queries.items())
@@ -335,8 +336,8 @@ def write_annotations(out: Path, *, seed: int, train: int, val: int, test: int, 
     return said
 
 
-def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[dict]]) -> int:
-    """How many queries are true of a video that is not their own; every video has as many queries, in its order."""
+def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[dict]]) -> list[bool]:
+    """Whether each query is true of a video that is not its own; every video has as many queries, in its order."""
     with_event = {}  # what can be said of an event -> the videos that have such a one
     for video, events in enumerate(events_of_video):
         for event in events:
@@ -344,10 +345,10 @@ def ambiguous(mentions_of_query: list[list[dict]], events_of_video: list[list[di
             for said in (said for n in range(len(known) + 1) for said in combinations(known, n)):
                 with_event.setdefault(frozenset(said), set()).add(video)
     queries_of_video = len(mentions_of_query) // max(len(events_of_video), 1)
-    return sum(any(fits(mentions, events_of_video[video])
-                   for video in with_event.get(frozenset(mentions[0].items()), ())
-                   if video != query // queries_of_video)
-               for query, mentions in enumerate(mentions_of_query))
+    return [any(fits(mentions, events_of_video[video])
+                for video in with_event.get(frozenset(mentions[0].items()), ())
+                if video != query // queries_of_video)
+            for query, mentions in enumerate(mentions_of_query)]
 
 
 def make_videos(args: argparse.Namespace) -> None:
@@ -378,7 +379,7 @@ def make_videos(args: argparse.Namespace) -> None:
     counts = f"{args.train} training, {args.val} validation, {args.test} test videos"
     print(f"{args.out}: {counts}; {len(missing)} of them new")
     asked = {"9k": mentions[::CAPTIONS]} | ({"full": mentions} if args.val else {})
-    doubtful = [f"{ambiguous(of, truth)} of {len(of)} (protocol {name})" for name, of in asked.items()]
+    doubtful = [f"{sum(ambiguous(of, truth))} of {len(of)} (protocol {name})" for name, of in asked.items()]
     print(f"test queries that also fit another test video: {', '.join(doubtful)}")
 
 
@@ -470,7 +471,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     videos.add_argument("--val", type=count, default=0, help="validation videos, of protocol full")
     videos.add_argument("--test", type=count, default=250, help="test videos")
     videos.add_argument("--events", type=int, choices=range(2, 9), default=EVENTS, help="of a video, 2 s and more each")
-    videos.add_argument("--mentioned", type=int, choices=(1, 2), default=MENTIONED, help="events that a query names")
+    videos.add_argument("--mentioned", type=int, choices=(0, 1, 2), default=MENTIONED,
+                        help="events that a query names; 0: one or two, as it falls")
     videos.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
     narrator = commands.add_parser("narrate", help="write narrations.jsonl from the truth", **form)
     narrator.add_argument("--frames", type=Path, help="folder of extracted frames; <out>/frames where not given")
