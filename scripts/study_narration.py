@@ -115,7 +115,8 @@ def train_all(runs: dict[str, list[str]], jobs: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     before, start = signal.signal(signal.SIGTERM, signal.default_int_handler), time.monotonic()
     try:
-        with multiprocessing.get_context("spawn").Pool(min(jobs, max(len(todo), 1))) as pool:  # its end is SIGTERM
+        # What leaves this block early, an error or Ctrl-C, ends the processes by SIGTERM; the trainer saves first.
+        with multiprocessing.get_context("spawn").Pool(min(jobs, max(len(todo), 1))) as pool:
             ended = pool.imap_unordered(train, todo.items())
             for number, (name, _, failed) in enumerate(tqdm(ended, total=len(todo), desc="runs", unit="run"), 1):
                 if failed:
@@ -123,6 +124,8 @@ def train_all(runs: dict[str, list[str]], jobs: int) -> None:
                 if number in (jobs, 4 * jobs):  # the first ones also fill the cache
                     minutes = (time.monotonic() - start) / number * (len(todo) - number) / 60
                     tqdm.write(f"{name}: run {number} of {len(todo)} has ended; about {minutes:.0f} minutes are left")
+            pool.close()
+            pool.join()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -135,9 +138,9 @@ def say(narration: str) -> str:
     return "none" if narration == BLANK else f"{narration} % wrong"
 
 
-def hits_of(runs: list[Path], matrix: str | None = None) -> np.ndarray:
-    """(seeds, B): 100 where the right video is first, in the result or in one matrix."""
-    return 100.0 * (read_side(runs, matrix)[1] <= 1)
+def hits_of(runs: list[Path]) -> np.ndarray:
+    """(seeds, B): 100 where the right video is first."""
+    return 100.0 * (read_side(runs, None)[1] <= 1)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -158,19 +161,17 @@ def report(args: argparse.Namespace, runs_of: dict[Cell, list[Path]]) -> str:
         for narration in args.narrations:
             row = [hits[corpus, narration, name] for name in args.filters]
             first = runs_of[corpus, narration, args.filters[0]]
-            views = " / ".join(f"{hits_of(first, view).mean():.1f}" for view in ("S_qv", "S_qn"))
+            views = " / ".join(filter(None, ablate_demo.of_views(first)[:2]))
             who = [share, say(narration)]
             rates.append([*who, *(spread(of).strip() for of in row), views, *weights_of(first)])
             of_filters.append([*who, *(difference(row[0], of, video, args.samples) for of in row[1:])])
             if narration != args.narrations[0]:
                 others = [hits[corpus, args.narrations[0], name] for name in args.filters]
                 of_narrations.append([*who, *(difference(a, b, video, args.samples) for a, b in zip(others, row))])
-        of_kept = [np.mean([list(RunDir(run, {}, writes=False).final_result().get("frames_kept", {}).values())
-                            for narration in args.narrations for run in runs_of[corpus, narration, name]], axis=0)
-                   for name in args.filters]
+        kept = {name: ablate_demo.of_views([run for narration in args.narrations
+                                            for run in runs_of[corpus, narration, name]])[2] for name in args.filters}
         told[-1] += f"; kept of {SHARES[corpus]} frames / sentences: " + ", ".join(
-            f"{name} " + (" / ".join(f"{mean:.2f}" for mean in kept) or "all")
-            for name, kept in zip(args.filters, of_kept))
+            f"{name} {mean or 'all'}" for name, mean in kept.items())
     about = [f"{len(args.seeds)} seed(s), {args.steps} steps{''.join(' ' + word for word in args.more)}. Text-to-video,"
              " S_fusion; mean and deviation over seeds. Intervals: 95 %, paired bootstrap over videos and seeds; p.",
              "", *(f"- {line}" for line in told), ""]
@@ -217,8 +218,8 @@ def draw(args: argparse.Namespace, runs_of: dict[Cell, list[Path]], path: Path) 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Our flags; those of the trainer, unchecked, in `more`."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about = f"{__doc__.splitlines()[0]} Flags that are not listed here are the trainer's (main_task_retrieval.py)."
+    parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="configs/ablate_demo.yaml", help="preset of all cells")
     parser.add_argument("--corpora", type=Path, default=Path("demo_study"), help="folder of the three corpora")
     parser.add_argument("--towers", type=Path, help="the run that trained them [--corpora/runs/towers]")
