@@ -313,6 +313,15 @@ def test_six_events_of_which_a_query_names_one():
                for of_video in named for text, mentions in of_video)
 
 
+def test_a_query_may_name_one_event_or_two_of_two():
+    events = [demo.make_truth(3, number, 2) for number in range(20)]
+    named = [query for number in range(20) for query in demo.make_queries(3, number, events[number], mentioned=0)]
+    assert all(demo.fits(mentions, events[i // demo.CAPTIONS]) for i, (_, mentions) in enumerate(named))
+    assert all((parse_query(text) if len(mentions) == 2 else [parse(text, demo.QUERY)]) == mentions
+               for text, mentions in named)
+    assert 150 < sum(len(mentions) == 2 for _, mentions in named) < 250
+
+
 def test_a_corpus_of_six_events_is_written_and_is_another_one(tmp_path):
     corpus = make(tmp_path / "six", "--events", "6", "--mentioned", "1", train=1, test=1)
     with av.open(str(corpus / "videos" / "video1.mp4")) as video:
