@@ -50,7 +50,9 @@ from narvid.progress import tqdm
 from narvid.search.embedding import Embedder
 from narvid.search.engine import CANDIDATES, Engine, fuse
 from narvid.search.stage_one import TRAINING, StageOne, candidates_of, files_of
-from narvid.search.store import EVERY, Store, in_engine, open_store
+from narvid.search.opening import in_engine, open_store
+from narvid.search.rows import EVERY
+from narvid.search.store import Store
 from narvid.similarity import match
 
 RANK, TOPICS, EVENTS, WORDS = 11, 300, 2, 12

@@ -31,6 +31,15 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def test_no_file_of_the_package_imports_itself_by_way_of_others():
+    graph = {name: (imported(path) & FILES.keys()) - {name} for name, path in FILES.items()}
+    assert graph["narvid.model"] and graph["narvid.search.engine"]  # that anything is seen
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"an import circle: {' <- '.join(error.args[1])}")
+
+
 def test_folders_import_one_way():
     rooms = {"data", "methods", "narration", "report", "run", "search", "towers"}
     graph = {room: set() for room in rooms}

@@ -33,7 +33,8 @@ from narvid.search.answers import as_dict, clock, printable
 from narvid.search.folders import folders_of, place
 from narvid.search.parts import Part, parse, parse_arguments, written
 from narvid.search.serving import Client
-from narvid.search.store import Store, in_engine, is_there, open_store
+from narvid.search.opening import in_engine, is_there, open_store
+from narvid.search.store import Store
 
 if TYPE_CHECKING:
     from narvid.search.answers import Answer, Answers

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from narvid.search.store import File, Window
+from narvid.search.rows import File, Window
 
 if TYPE_CHECKING:
     from narvid.search.embedding import ViewStatistics

@@ -33,7 +33,9 @@ from narvid.search.answers import printable
 from narvid.search.engine import measure_level
 from narvid.search.folders import as_settings, choose, find, name_of, place, place_of
 from narvid.search.reading import join_alike, read_all
-from narvid.search.store import File, Store, in_engine, is_there, open_store
+from narvid.search.opening import in_engine, is_there, open_store
+from narvid.search.rows import File
+from narvid.search.store import Store
 from narvid.search.sentences import NO_SENTENCE, Narrator
 from narvid.search.spool import FOLDER, Opened, Read, content_of, read_file
 from narvid.search.speech import Speech

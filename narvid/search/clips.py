@@ -21,7 +21,7 @@ import av
 from narvid import InputError, files
 from narvid.data.decoding import announced_seconds, open_video
 from narvid.search import preview
-from narvid.search.store import File
+from narvid.search.rows import File
 
 PLAYABLE = {  # container as FFmpeg names it -> (endings, codecs, sounds, media type); 4:2:0 of 8 bits alone
     "mov,mp4,m4a,3gp,3g2,mj2": ((".mp4", ".m4v", ".mov", ".qt"), ("h264", "vp9", "av1"),

@@ -34,7 +34,8 @@ from narvid.search.reading import first_window
 from narvid.search.speech import Asked, Speech, counted
 from narvid.search.statistics import (JUDGED_FROM, SHARE, compute_statistics, height, nonsense, of_text,
                                       speech_statistics)
-from narvid.search.store import Filter, Frame, Store, Window
+from narvid.search.rows import Filter, Frame, Window
+from narvid.search.store import Store
 
 CANDIDATES = 1000  # windows that stage two scores a query; docs/scaling.md says what that finds
 BLOCK = 1024  # windows whose features are in memory at a time: 50 MB at K 12, D 512, two views

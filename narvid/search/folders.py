@@ -14,7 +14,8 @@ from pathlib import Path
 
 from narvid import InputError
 from narvid.search.reading import find_videos
-from narvid.search.store import File, Store
+from narvid.search.rows import File
+from narvid.search.store import Store
 
 
 def folders_of(settings: dict) -> dict[str, Path]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from narvid.search.milvus import GROUPING, MOST
 from narvid.search.stage_one import PER_CANDIDATE
-from narvid.search.store import EVERY, Filter
+from narvid.search.rows import EVERY, Filter
 
 if TYPE_CHECKING:
     from narvid.search.milvus_store import MilvusStore

@@ -40,7 +40,7 @@ from narvid import InputError
 from narvid.search.milvus import PAGE, Milvus, pieces, place_of
 from narvid.search.milvus_stage import MilvusCandidates
 from narvid.search.stage_one import vectors_of
-from narvid.search.store import EVERY, File, Filter, Frame, Window, pack, text_of, unpack
+from narvid.search.rows import EVERY, File, Filter, Frame, Window, pack, text_of, unpack
 
 VERSION = 1
 FIELDS = {

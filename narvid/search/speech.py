@@ -27,10 +27,11 @@ import numpy as np
 
 from narvid.search.speech_store import Utterance
 from narvid.search.stage_one import StageOne
-from narvid.search.store import EVERY, Filter, Store
+from narvid.search.rows import EVERY, Filter
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
+    from narvid.search.store import Store
 
 CHANCE = 2.0  # deviations above the mean that count nothing
 LEAST = 0.01  # a deviation: where neutral queries share no word with what is said, as in another language

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from narvid.search.store import Filter, Store
+    from narvid.search.rows import Filter
+    from narvid.search.store import Store
 
 SCHEMA = """
 CREATE TABLE speech_of (file INTEGER PRIMARY KEY REFERENCES files ON DELETE CASCADE, source TEXT NOT NULL,

@@ -27,10 +27,11 @@ import numpy as np
 
 from narvid import InputError
 from narvid.files import replace
-from narvid.search.store import EVERY, Filter, Store
+from narvid.search.rows import EVERY, Filter
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
+    from narvid.search.store import Store
 
 FLAT = 200_000  # vectors up to which all are compared (docs/scaling.md: measured)
 LISTS = 1024  # of an IVF index

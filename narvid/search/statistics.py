@@ -19,7 +19,8 @@ from narvid import fusion
 from narvid.files import read_lines
 from narvid.search.embedding import Embedder, ViewStatistics
 from narvid.search.speech import Speech
-from narvid.search.store import Store, Window
+from narvid.search.rows import Window
+from narvid.search.store import Store
 
 SAMPLE = (256, 1024)  # queries and windows whose pairs make the statistics of Eq. 11
 NEUTRAL = Path(__file__).with_name("neutral.txt")  # sentences of everyday videos, one a line

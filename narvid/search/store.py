@@ -14,6 +14,8 @@ ids of files and windows are never used again.
 Shapes: K frames of a window, P numbers of its stage-one vector, n windows.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sqlite3
@@ -22,16 +24,17 @@ from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from narvid.search.database import NAME, SEVERAL, VERSION, Database
+from narvid.search.database import SEVERAL, VERSION, Database
+from narvid.search.rows import EVERY, File, Filter, Frame, Window, pack, text_of, unpack
 from narvid.search.speech_store import HEARD_IN, SpeechStore
+from narvid.search.stage_one import Candidates
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
-    from narvid.search.stage_one import Candidates
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -49,59 +52,6 @@ MARKS = """CREATE TABLE marks (file INTEGER PRIMARY KEY REFERENCES files ON DELE
     recorded REAL)"""
 # marks came with version 2, speech later: an index without them gets them when it is opened for writing.
 # pooled and features stand in tables of their own: a scan of windows reads neither, stage one reads only the first.
-
-
-HALF = ("look",)  # fields that are kept in 16 bits: no score of a text reads them
-
-
-class File(NamedTuple):
-    """A video file; `path` is relative to the videos folder, with slashes. why: "" or why it could not be read."""
-
-    id: int
-    path: str
-    size: int  # bytes
-    mtime_ns: int
-    seconds: float
-    why: str
-    note: str  # what is amiss in a file that is indexed nevertheless
-    narration: str  # which narration it was indexed with, as build.py marks it; its column is called told
-    content: str = ""  # a digest of the file, "" in an index of version 1
-    recorded: float | None = None  # seconds since 1970, where the file says when it was recorded
-    speech: str = ""  # what its speech was read from, as speech_sources.py marks it; "": not looked for yet
-    speech_note: str = ""  # what is amiss in that
-
-
-class Filter(NamedTuple):
-    """Of which files windows may be answers, as `Store.all_windows` takes it."""
-
-    folder: str = ""
-    min_seconds: float = 0.0
-    max_seconds: float = inf
-    since: float = -inf
-    until: float = inf
-    has_speech: bool = False
-
-
-EVERY = Filter()  # which leaves nothing out
-
-
-class Frame(NamedTuple):
-    """A frame of a file, counted from 0; `time` in seconds from the file's first frame."""
-
-    number: int
-    time: float
-    sentence: str | None
-
-
-class Window(NamedTuple):
-    """A stretch of a file in seconds; picks: the numbers of its K frames or fewer, in order."""
-
-    id: int
-    file: int
-    path: str
-    start: float
-    end: float
-    picks: list[int]
 
 
 class Store(Database):
@@ -316,10 +266,8 @@ class Store(Database):
             vectors = vectors.astype("<f4", copy=False)
             yield np.array([row[0] for row in rows], np.int64), vectors
 
-    def candidates(self, embedder: "Embedder", kind: str, count: int) -> "Candidates":
+    def candidates(self, embedder: Embedder, kind: str, count: int) -> Candidates:
         """Stage one: which windows are scored for a query of a kind, "text" or "like", at most `count`."""
-        from narvid.search.stage_one import Candidates  # which reads this file
-
         return Candidates(self, embedder, kind, count)
 
     # ---- inside ----
@@ -385,60 +333,3 @@ def _replace(run: Callable, path, size, mtime_ns, seconds, why, note, narration)
 def _file(row: tuple) -> File:
     id, path, *rest = row
     return File(id, os.fsdecode(path), *rest)
-
-
-def text_of(text: str) -> str:
-    """What SQLite can hold: bytes of a file name that are not UTF-8 are written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def pack(features: dict[str, np.ndarray | None], n: int, known: dict | None) -> tuple[np.ndarray, dict]:
-    """Fields (n, ...) -> their bytes side by side (n, bytes), and {name: [type, shape of a row] or None}.
-
-    known: the layout of what is there already, whose types are taken; HALF stands for what else is kept in 16 bits.
-    """
-    layout, parts = dict.fromkeys(features), [np.empty((n, 0), np.uint8)]
-    for name, field in features.items():
-        if field is not None:
-            kind = "<f2" if name in HALF else field.dtype
-            if known and known.get(name) and np.issubdtype(field.dtype, np.floating):
-                kind = known[name][0]
-            rows = np.ascontiguousarray(field, kind)
-            layout[name] = [rows.dtype.str, list(rows.shape[1:])]
-            parts.append(rows.reshape(n, -1).view(np.uint8))
-    return np.concatenate(parts, axis=1), layout
-
-
-def unpack(layout: dict, rows: Sequence[bytes]) -> dict[str, np.ndarray | None]:
-    """What `pack` made, n rows -> {name: (n, ...) or None}."""
-    found = {name: field and np.empty((len(rows), *field[1]), field[0]) for name, field in layout.items()}
-    for i, row in enumerate(rows):
-        start = 0
-        for field in found.values():
-            if field is not None:
-                field[i] = np.frombuffer(row, field.dtype, field[i].size, start).reshape(field.shape[1:])
-                start += field[i].nbytes
-    return found
-
-
-def open_store(index: str | Path, *, create: dict | None = None, read_only: bool = False):
-    """The index, in a folder (Store) or, where its name begins with "milvus:", in Milvus (MilvusStore)."""
-    if not in_engine(index):
-        return Store(index, create=create, read_only=read_only)
-    from narvid.search.milvus_store import MilvusStore  # which reads this file
-
-    return MilvusStore(str(index), create=create, read_only=read_only)
-
-
-def is_there(index: str | Path) -> bool:
-    """Whether there is such an index already."""
-    if not in_engine(index):
-        return os.path.exists(Path(index) / NAME)
-    from narvid.search.milvus_store import is_index
-
-    return is_index(str(index))
-
-
-def in_engine(index: str | Path) -> bool:
-    """Whether an index lies in an engine, not in a folder."""
-    return str(index).startswith("milvus:")

@@ -37,7 +37,7 @@ from narvid.search import clips, preview
 from narvid.search.asked import number, number_of, parameters, whole_number
 from narvid.search.folders import place_of
 from narvid.search.site import Json, Site
-from narvid.search.store import File
+from narvid.search.rows import File
 
 LONGEST_CUT = 1800.0  # seconds
 

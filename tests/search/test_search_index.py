@@ -41,7 +41,8 @@ from narvid.search.build import Report, update
 from narvid.search.embedding import Embedder
 from narvid.search.reading import SUFFIXES, cut, find_videos, frames_between, read_all
 from narvid.search.spool import Spool, recorded_at
-from narvid.search.store import Store, Window
+from narvid.search.rows import Window
+from narvid.search.store import Store
 
 
 class Features(NamedTuple):

@@ -28,7 +28,8 @@ from narvid.search.parts import parse
 from narvid.search.speech import Speech
 from narvid.search.speech_sources import Hearing, subtitles_beside, utterances
 from narvid.search.statistics import compute_statistics, speech_statistics
-from narvid.search.store import Filter, Store
+from narvid.search.rows import Filter
+from narvid.search.store import Store
 
 
 def put(store, path="a.mp4", seconds=60.0, windows=((0.0, 30.0), (15.0, 45.0), (30.0, 60.0))):
