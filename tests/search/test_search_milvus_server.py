@@ -1,9 +1,12 @@
-"""An index in a Milvus server, from files to the page's JSON: the commands that people type, kills of either side. The
-server is milvus-lite's own, a process of this test.
+"""An index in a Milvus server, from files to the page: the commands that people type, kills of either side, two
+processes that search at once, a browser. The server is milvus-lite's own, a process of this test.
 
 Weights are random: what is tested is the way, not what is found.
 """
 
+import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("pymilvus", reason='pymilvus is not installed: pip install "narvid[milvus]"')
@@ -18,16 +22,20 @@ pytest.importorskip("milvus_lite", reason='milvus-lite is not installed: pip ins
 pytest.importorskip("uvicorn")
 
 import test_search_end_to_end
+import test_search_index
 from test_search_end_to_end import QUERY, ask, demo, run, serve_and_ask  # noqa: F401
+from test_search_index import put, rows
 
 from narvid import InputError
 from narvid.search import milvus, milvus_lease
-from narvid.search.__main__ import main
+from narvid.search.__main__ import main, open_engine
 from narvid.search.milvus import Milvus, place_of
 from narvid.search.milvus_store import MilvusStore
+from narvid.search.opening import open_store
 
 # flake8: noqa: F811  fixtures are imported and asked for
 pytestmark = pytest.mark.slow
+BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -110,6 +118,37 @@ def test_again_only_what_is_new(index, demo, run, server, capsys):
             main([str(word) for word in argv])
 
 
+def test_a_browser_shows_and_plays_what_lies_in_the_engine(index):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not BROWSERS:
+        pytest.skip("no chromium and no chrome on this machine")
+    from test_search_server import running
+
+    from narvid.search.server import create_app
+
+    with open_store(index, read_only=True) as store, running(create_app(store, open_engine(store, None))) as port:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSERS[0], args=["--no-sandbox"])
+            page, wrong = browser.new_page(viewport={"width": 1000, "height": 800}), []
+            page.set_default_timeout(60_000)
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.locator("#start").wait_for()
+            page.locator("#q").fill(QUERY)
+            page.keyboard.press("Enter")
+            page.locator("#answers .card").first.wait_for()
+            names = page.locator("#answers .card .name").all_inner_texts()
+            assert sorted(names) == [f"video{n}.mp4" for n in range(5)]
+            image = page.locator("#answers .card img").first
+            page.wait_for_function("(image) => image.complete && image.naturalWidth > 0", arg=image.element_handle())
+            page.locator("#answers .card button").first.click()
+            video = page.locator("#answer video")
+            page.wait_for_function("(video) => video.readyState > 1 && video.videoWidth > 0",
+                                   arg=video.element_handle())
+            assert not wrong
+            browser.close()
+
+
 # ---- kills ----
 
 CHILD = """
@@ -190,3 +229,36 @@ def test_a_killed_server_loses_nothing_and_the_client_goes_on(server, whole, mon
     seen = inside(reader)
     assert seen[0] == whole[0] and seen[2:] == whole[2:]
     reader.close()
+
+
+def test_two_processes_search_while_a_third_writes(server, whole):
+    """Both give the answers of one; neither sees half a file."""
+    name = server.name("busy")
+    MilvusStore(name, create={}).close()
+    assert child(name, 0, 3).wait() == 0
+    search = """
+import sys, json
+import numpy as np
+from narvid.search.milvus_store import MilvusStore
+from narvid.search.store import EVERY
+with MilvusStore(sys.argv[1], read_only=True) as store:
+    stage, seen, full = store.candidates(None, "text", 5), [], 0
+    while full < 10:
+        stage.refresh()
+        [ids] = stage.nearest(np.ones((1, 8), np.float32), EVERY)
+        try:
+            files = [window.file for window in store.windows(store.all_windows())]
+            store.features(ids)
+        except KeyError:
+            continue
+        seen.append([files.count(file) for file in set(files)])
+        full = len(seen[-1])
+    print(json.dumps([sorted(ids.tolist()), [n for counts in seen for n in counts]]))
+"""
+    searching = [subprocess.Popen([sys.executable, "-c", search, name], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+                 for _ in range(2)]
+    writing = child(name, 3, 10)
+    answers = [json.loads(process.communicate(timeout=500)[0]) for process in searching]
+    assert writing.wait() == 0
+    assert answers[0][0] == answers[1][0] and len(answers[0][0]) == 5
+    assert all(set(counts) == {4} for _, counts in answers)
