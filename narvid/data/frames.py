@@ -130,7 +130,9 @@ def spelling_among(known: Iterable[str]) -> Callable[[str], str]:
 
     def spelling(video: str) -> str:
         other = spellings.get(plain(video))
-        return "" if other is None else f" (but for {ascii(other)}: here it is {ascii(video)}, make them alike)"
+        if other in (None, video):
+            return ""
+        return f" (but for {ascii(other)}: here it is {ascii(video)}, make them alike)"
 
     return spelling
 
