@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -85,7 +86,8 @@ def measured(name: str, repeats: int) -> tuple[float, float, float]:
 def kept(towers: Towers, run: Callable) -> int:
     """Bytes of the tensors that run() keeps for backward in bf16, weights among them; memory that is shared once.
 
-    LayerNorms compute in fp32, as a GPU's autocast has it; a CPU's leaves them in bf16.
+    As on a GPU: LayerNorms compute in fp32, where a CPU's autocast leaves them in bf16, and attention is fused, which
+    training on a CPU switches off (distributed.start).
     """
     storages = {}
 
@@ -101,7 +103,8 @@ def kept(towers: Towers, run: Callable) -> int:
     hooks = [block.register_forward_pre_hook(note_input) for block in towers.blocks()]
     layer_norm = F.layer_norm
     with mock.patch.object(F, "layer_norm", lambda x, *more: layer_norm(x.float(), *more)), \
-            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16), \
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         run()
     for hook in hooks:
         hook.remove()

@@ -211,21 +211,18 @@ class Engine:
         how = {"top": top, "skip": skip, "one_a_file": one_a_file, "read": _Read(self.store)}
         candidates = self._candidates(groups, len(batch), where, statistics) if every is None else [every] * len(batch)
         union = np.unique(np.concatenate(candidates)) if every is None else every
-        if every is not None or len(union) <= SHARED * self.candidates:  # read once for all of them
-            scores, answers = self._score(groups, union, statistics, wanted), []
-            for b, ids in enumerate(candidates):
-                parts = _parts_of(b, groups, scores, statistics)
-                if len(ids) < len(union):
-                    own = np.searchsorted(union, ids)
-                    parts = [part._replace(scores=_columns(part.scores, own)) for part in parts]
-                answers.append(self._answers(parts, ids, _is_text(batch[b]), self.store.windows(itself[b]), **how))
-            return answers
-        answers = []
+        together = every is not None or len(union) <= SHARED * self.candidates  # their features are read once for all
+        scores, answers = self._score(groups, union, statistics, wanted) if together else None, []
         for b, ids in enumerate(candidates):
-            own = [_part_of_group(group, group.query == b) for group in groups if (group.query == b).any()]
-            scores = self._score(own, ids, statistics, wanted)
-            answers.append(self._answers(_parts_of(b, own, scores, statistics), ids, _is_text(batch[b]),
-                                         self.store.windows(itself[b]), **how))
+            own = groups
+            if not together:
+                own = [_part_of_group(group, group.query == b) for group in groups if (group.query == b).any()]
+                scores = self._score(own, ids, statistics, wanted)
+            parts = _parts_of(b, own, scores, statistics)
+            if together and len(ids) < len(union):
+                places = np.searchsorted(union, ids)
+                parts = [part._replace(scores=_columns(part.scores, places)) for part in parts]
+            answers.append(self._answers(parts, ids, _is_text(batch[b]), self.store.windows(itself[b]), **how))
         return answers
 
     def _candidates(self, groups: list[_Group], count: int, where: Filter,

@@ -302,6 +302,7 @@ class Milvus:
         import grpc
 
         where = self.where
+        away = f"{where} does not answer: is Milvus running there? The same command goes on when it does"
         try:
             yield
         except _pymilvus().MilvusException as error:
@@ -310,8 +311,7 @@ class Milvus:
                 raise InputError(f"{where} is no index (any more), it has no collection {name}: make one with `python "
                                  f"-m narvid.search index VIDEOS --engine {where}`") from error
             if is_away(error):
-                raise InputError(f"{where} does not answer: is Milvus running there? The same command goes on when it "
-                                 "does") from error
+                raise InputError(away) from error
             for sign, sentence in {
                 r"failed to start|milvus.?lite.*(lock|start)|open local": f"{where} is open in another process; "
                 "milvus-lite lets in one: end that one, or run `milvus-lite server` and give its http address",
@@ -324,8 +324,7 @@ class Milvus:
                     raise InputError(sentence) from error
             raise InputError(f"{where}: Milvus refuses: {message[:300]}") from error
         except (grpc.RpcError, ConnectionError) as error:
-            raise InputError(f"{where} does not answer: is Milvus running there? The same command goes on when it "
-                             "does") from error
+            raise InputError(away) from error
 
 
 def is_away(error) -> bool:

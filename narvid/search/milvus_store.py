@@ -66,7 +66,7 @@ class MilvusStore:
         self.path = self.place.text.partition("?")[0]
         self.milvus, self._read_only, self._born = Milvus(self.place), read_only, None
         self._ids = self._known = None
-        self.speech = NoSpeech(self.path)
+        self.speech = NoSpeech()
         try:
             if create is not None:
                 self._create(create)
@@ -419,15 +419,7 @@ class MilvusStore:
 class NoSpeech:
     """What is said in the files of an index in Milvus: nothing, for it is not kept there (speech_store.py)."""
 
-    exists = False
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def put(self, file: int, source: str, note: str, said: Sequence, vectors: np.ndarray) -> None:
-        """Refused where something is said."""
-        if len(said):
-            raise InputError(f"{self.where}: speech is kept in an index of --engine faiss alone; index without it")
+    exists = False  # so that none is put into it
 
     def count(self) -> tuple[int, int]:
         """Files in which something is said, and utterances."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from narvid.search.speech_store import Utterance
-from narvid.search.stage_one import StageOne
+from narvid.search.stage_one import StageOne, up_to_date
 from narvid.search.rows import EVERY, Filter
 
 if TYPE_CHECKING:
@@ -137,14 +137,14 @@ class Speech:
         """
         if len(self._ids) <= count:
             return [self._ids if allowed is None else allowed]
-        index = self._index or StageOne.load(self.store.path, "speech")
-        if index is None or len(np.setdiff1d(self._ids, index.ids)) > count:
+
+        def make() -> StageOne:
             every = -(-len(self._ids) // TRAINED_ON)
             sample = np.concatenate([vectors[::every] for _, vectors in self.said.vectors()])
             blocks = ((ids, vectors[:, None], np.ones(len(ids), bool)) for ids, vectors in self.said.vectors())
-            index = StageOne.make(blocks, sample, len(self._ids))
-            index.save(self.store.path, "speech")
-        self._index = index
+            return StageOne.make(blocks, sample, len(self._ids))
+
+        index = self._index = up_to_date(self._index, self.store.folder, "speech", self._ids, count, make)
         left = self._ids if allowed is None else allowed
         known = np.isin(index.ids, left)
         return [*index.nearest(eos, count, None if known.all() else known), np.setdiff1d(left, index.ids)]

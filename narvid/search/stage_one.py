@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,10 +69,8 @@ class Candidates:
                 return
             ids, index = self.store.all_windows(), None
             if len(ids) > self.count:
-                index = (before and before.index) or StageOne.load(self.store.folder, self.kind)
-                if index is None or len(np.setdiff1d(ids, index.ids)) > self.count:
-                    index = make_stage_one(self.store, self.embedder, ids, self.kind)
-                    index.save(self.store.folder, self.kind)
+                index = up_to_date(before and before.index, self.store.folder, self.kind, ids, self.count,
+                                   lambda: make_stage_one(self.store, self.embedder, ids, self.kind))
             self._now = _Windows(change, ids, index, np.setdiff1d(ids, index.ids) if index else ids)
 
     def windows(self, where: Filter, most: float) -> np.ndarray | None:
@@ -95,6 +93,18 @@ class Candidates:
         if self._last is None or self._last[:2] != (now.change, where):
             self._last = (now.change, where, self.store.all_windows(*where))
         return self._last[2]
+
+
+def up_to_date(index: StageOne | None, folder: Path, kind: str, ids: np.ndarray, count: int,
+               make: Callable[[], StageOne]) -> StageOne:
+    """The index at hand, else the one that was kept in the folder; made again, and kept, only when it lacks more than
+    `count` of the ids.
+    """
+    index = index or StageOne.load(folder, kind)
+    if index is None or len(np.setdiff1d(ids, index.ids)) > count:
+        index = make()
+        index.save(folder, kind)
+    return index
 
 
 def make_stage_one(store: Store, embedder: Embedder, ids: np.ndarray, kind: str) -> StageOne:

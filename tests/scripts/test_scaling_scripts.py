@@ -12,7 +12,9 @@ import tiny
 import torch
 
 from narvid.data.loader import make_loader
-from scripts import bench_frames, bench_scaling, cost
+from narvid.run.optim import freeze
+from narvid.towers import build_towers, checked_model, config_of
+from scripts import bench_frames, bench_scaling, bench_towers, cost
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("NARVID_REAL_DATA", ROOT.parent / "shared" / "real"))
@@ -37,6 +39,28 @@ def test_flops_of_a_frame_and_a_text_are_those_of_the_formula():
     width, tokens = 512, 64
     blocks = layers * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
     assert text == 3 * (blocks + 2 * tokens * width * 512)
+
+
+def test_what_a_frame_keeps_for_backward_is_what_the_blocks_formula_says():
+    """Of ViT-B/32, bytes a token and width: inputs of products in bf16, of LayerNorms in fp32, GELU's; no matrix of
+    attention is kept. Checkpointed: each block's input."""
+    width, tokens, layers = 768, 50, 12
+    model = checked_model("ViT-B-32")
+    with torch.device("meta"):
+        towers = build_towers(config_of(model, False, {}, None)).train()
+    towers.to_empty(device="cpu")
+    freeze(towers, 0)
+    frame, _ = bench_towers.inputs(towers)
+
+    def of_a_frame():
+        return (bench_towers.kept(towers, lambda: towers.encode_frames(frame.repeat(2, 1, 1, 1)))
+                - bench_towers.kept(towers, lambda: towers.encode_frames(frame)))
+
+    # 2 LayerNorms, qkv's input, q k v, attention's output, c_fc's input, GELU's input and output
+    block = 2 * 4 + 2 + 3 * 2 + 2 + 2 + 2 * 4 * 2
+    assert of_a_frame() == pytest.approx(layers * block * tokens * width, rel=0.1)
+    towers.set_grad_checkpointing(True)
+    assert of_a_frame() == pytest.approx((layers * 2 + 4) * tokens * width, rel=0.1)  # and the last LayerNorm's
 
 
 def test_a_ring_sends_what_rings_send():

@@ -272,9 +272,9 @@ def killed(store, step, work):
             raise Killed
         return call(what, *args, **how)
 
-    store.milvus._call = counted
-    store.milvus._lease._ended.set()  # its thread dies with it
+    store.milvus._lease._ended.set()  # its thread dies with it, and makes no call of its own meanwhile
     store.milvus._lease._thread.join()
+    store.milvus._call = counted
     try:
         work()
     except Killed:
