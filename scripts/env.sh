@@ -23,6 +23,8 @@ else
             exit 1
         }
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+        # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile torch anew: 6 s.
+        .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # templates among it are no Python
         echo "$wanted" > .venv/installed # last: an interrupted installation is taken up again
     fi
 fi

@@ -158,7 +158,7 @@ class Milvus:
         if on_disk:
             more["properties"] = {"mmap.enabled": True}
         self._call("create_collection", self._full(name), schema=schema)
-        self._call("create_index", self._full(name), index_params=index)
+        self._call("create_index", self._full(name), index_params=index, sync=False)  # it is empty: nothing to wait for
         self._load(name)
 
     def drop(self, names: Iterable[str]) -> None:
