@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest first, file by file, so that no process is left alone with it at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A --data_dir with frames, narrations and clip.json; read only."""

@@ -22,6 +22,8 @@ from narvid.methods import METHODS
 from narvid.model import Queries, Videos
 from narvid.towers.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

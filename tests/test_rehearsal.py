@@ -25,6 +25,8 @@ from narvid.narration.captioners import LocalCaptioner
 from narvid.search.__main__ import main as search
 from scripts import check_gpu
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--epochs", 1, "--dsl_scale", 10, "--qb_norm_queries", 4)
 METHOD_RUNS = {" ".join(form[1:]).replace("--", ""): (*form, "--select_on", "last") for form in tiny.TRAINED}
 METHOD_RUNS |= {method: ("--method", method) for method in METHODS if not METHODS[method].trained}

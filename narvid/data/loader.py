@@ -99,11 +99,13 @@ class _Loader(DataLoader):
 def make_loader(dataset: Dataset, collate_fn, sampler, *, num_workers: int) -> DataLoader:
     """DataLoader over `sampler`, which yields lists of items; with fewer workers where shared memory is small.
 
-    The number of workers changes no batch.
+    The number of workers changes no batch. On Linux they are forked, with every Python: one that starts anew imports
+    torch for seconds, and would be sent the whole corpus.
     """
     largest = sampler.part if isinstance(sampler, PairSampler) else max(map(len, sampler), default=0)
     num_workers = _workers_that_fit(num_workers, largest * getattr(dataset, "item_bytes", 0))
     return _Loader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers,
+                   multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
                    pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0)
 
 

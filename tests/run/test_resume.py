@@ -18,6 +18,8 @@ import torch
 
 import main_task_retrieval as trainer
 
+pytestmark = pytest.mark.slow
+
 # Dropout on, evaluations and saves inside the epochs, 2 x 4 steps: there is much that could go another way.
 FLAGS = ("--batch_size", 8, "--dropout", 0.3, "--eval_every", 3, "--save_every", 1, "--save_similarity")
 

@@ -29,6 +29,8 @@ from narvid import files
 from narvid.data.frames import frame_path
 from narvid.run import endings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("--epochs", 1, "--select_on", "last", "--dropout", 0.3, "--save_similarity")  # two steps
 UNFORESEEN = "fault of this program"  # how the net below all sentences begins

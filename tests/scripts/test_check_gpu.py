@@ -8,6 +8,8 @@ import torch
 
 from scripts import check_gpu
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def work(corpus, tmp_path):

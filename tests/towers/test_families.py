@@ -25,6 +25,8 @@ from narvid.run import optim
 from narvid.towers import ClipConfig, architectures, build_towers, config_of, load_towers
 from narvid.towers.weights import load_towers_weights
 
+pytestmark = pytest.mark.slow
+
 LENGTH, VOCABULARY = 12, 60
 TEXT = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}

@@ -20,6 +20,8 @@ from narvid.towers import __main__ as towers_command
 from narvid.data.frames import pick_frames, read_frames
 from narvid.run.build import build_model
 
+pytestmark = pytest.mark.slow
+
 METHODS = [("narvid",), ("clip4clip", "--head", "seqTransf")]
 
 
