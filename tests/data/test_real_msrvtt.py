@@ -78,7 +78,8 @@ def test_real_clips_from_official_files_to_a_table(tmp_path):
         towers = ["ViT-B-32", "--clip_pretrained", WEIGHTS, "--freeze_layers", 11]
     printed = command("main_task_retrieval.py", "--data_dir", data, "--output_dir", run, "--clip_model", *towers,
                       "--modules", "NM", "CMI", "QAF", "CVH", "--exclude_same_video", "--max_frames", 2,
-                      "--max_words", 16, "--epochs", 1, "--batch_size", 16, "--precision", "fp32", "--num_workers", 0, "--log_every", 1, "--save_similarity")
+                      "--max_words", 16, "--epochs", 1, "--batch_size", 16, "--precision", "fp32",
+                      "--num_workers", 0, "--log_every", 1, "--save_similarity")
     losses = tiny.losses(run)
     assert len(losses) == len(kept) // 16 and all(0 < loss < 50 for loss in losses)
     [result] = tiny.results(run)
