@@ -310,9 +310,9 @@ def train(parts: Training, progress: dict, splits: dict[str, Split], identity: d
 
     try:
         train_epochs(parts, progress, args, world, run, save=partial(save, "last.pt"), select=select, heed=heed)
-    except (Stopped, RuntimeError) as end:
+    except (Stopped, RuntimeError, InputError) as end:
         # What was interrupted, a step before its update or an evaluation, had changed nothing yet.
-        if isinstance(end, Stopped) or distributed.is_lost(end):
+        if isinstance(end, Stopped) or distributed.is_lost(end) or progress["to_select"]:
             write("last.pt")
             end.saved = f"last.pt holds epoch {progress['epoch'] + 1}, step {progress['step']}"
         raise

@@ -15,4 +15,4 @@ echo "== lint"
 "$PYTHON" -m flake8
 echo "== tests"
 export OMP_NUM_THREADS=1 # two processes of one thread are faster here than one of two
-"$PYTHON" -m pytest -n 2 --dist worksteal -rs "$@"
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs "$@"

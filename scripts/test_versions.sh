@@ -27,7 +27,7 @@ for end in oldest newest; do
     echo "== $end: tests"
     report=$home/tests.xml
     rm -f $report
-    $home/bin/python -m pytest -n 2 --dist worksteal -rfEs --junitxml=$report "$@" || failed=1
+    $home/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rfEs --junitxml=$report "$@" || failed=1
     [ -e $report ] || { echo "error: pytest ended before it wrote $report; see above" >&2; exit 1; }
     rows+=("$($home/bin/python - $end $report <<'PYTHON'
 import sys

@@ -115,6 +115,9 @@ def find_videos(folder: Path) -> dict[str, Path]:
                 continue
             if fault_of(str(path)):
                 raise InputError(f"{ascii(str(path))[1:-1]}: a file name that is not UTF-8: rename it")
+            if path.stem in (INDEX_NAME, FAILED_NAME):
+                raise InputError(f"{path}: the folder of its frames would be called {path.stem}, as a file that is "
+                                 "written beside it: rename it")
             other = found.setdefault(path.stem, path)
             if other != path and os.path.realpath(other) != os.path.realpath(path):
                 raise InputError(f"{other} and {path} have one id, {path.stem!r}: rename or remove one of them")

@@ -6,7 +6,8 @@
   speech_sources.py  subtitles beside and inside the files, and their sound -> that
   speech.py      what is said as a third view of a search
   milvus_store.py  the same in Milvus, for many machines: what lies in which collection, the order of writing
-                 milvus.py: connections, rows, errors in words; milvus_lease.py: one writer; milvus_stage.py: stage one
+                 milvus.py: connections, rows, errors in words; milvus_lease.py: one writer; milvus_stage.py: stage
+                 one; milvus_speech.py: what is said
   embedding.py   what a search asks of a model (narvid.Retriever): features, scores, vectors, "more like this"
   stage_one.py   nearest vectors among very many (FAISS)
   statistics.py  what scores are compared with: for Eq. 11, and what nonsense reaches; neutral.txt: queries for it

@@ -216,9 +216,6 @@ def opened(videos_dir: str | Path | Sequence[str | Path], index: str | Path, emb
     if narrator.is_silent and embedder.frames_alone:
         print(embedder.frames_alone)
     with open_index(index, settings, narrator, embedder) as store:
-        if hearing is not None and hearing != Hearing() and not store.speech.exists:
-            raise InputError(f"{index}: speech is kept in an index of --engine faiss alone: leave --speech and "
-                             "--language out")
         yield Run(store, embedder, narrator, folders, names, found, hearing)
 
 

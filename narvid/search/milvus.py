@@ -131,7 +131,8 @@ class Milvus:
         return self._call("has_collection", self._full(name))
 
     def make(self, name: str, fields: dict[str, str | tuple[str, int]], dim: int = 0, on_disk: bool = False) -> None:
-        """A collection, where it is missing. fields: the key first; a type, "pieces" (pieces) or (VARCHAR, length).
+        """A collection, where it is missing. fields: the key first; a type, "pieces" (pieces, or words), "ids" (up to
+        4,096 of them) or (VARCHAR, length).
 
         dim: of its vectors, `v`, that are searched by inner product; 0: it is not searched, but Milvus wants a vector
         in every collection. on_disk: its rows are not kept in memory.
@@ -143,13 +144,15 @@ class Milvus:
         index = pymilvus.MilvusClient.prepare_index_params()
         for place, (field, kind) in enumerate(fields.items()):
             more = {"is_primary": place == 0}
-            if kind == "pieces":
-                more |= {"element_type": types.VARCHAR, "max_capacity": 4096, "max_length": 65_535}
+            if kind in ("pieces", "ids"):
+                text = kind == "pieces"
+                more |= {"element_type": types.VARCHAR if text else types.INT64, "max_capacity": 4096}
+                more |= {"max_length": 65_535} if text else {}
                 kind = "ARRAY"
             elif isinstance(kind, tuple):
                 kind, more["max_length"] = kind
             schema.add_field(field, getattr(types, kind), **more)
-            if field in ("file", "window"):
+            if field in ("file", "window") or field in ("windows", "words") and not self.lite:  # it indexes no ARRAY
                 index.add_index(field_name=field, index_type="INVERTED")
         schema.add_field("v", types.FLOAT_VECTOR, dim=dim or 2)
         lists = {"nlist": LISTS} if self.index.startswith("IVF") else {}
@@ -177,9 +180,10 @@ class Milvus:
 
     # ---- rows ----
 
-    def rows(self, name: str, where: str, fields: Sequence[str]) -> list[dict]:
-        """The rows for which an expression holds, of no certain order; for few."""
-        return self._call("query", self._full(name), filter=where, output_fields=list(fields), **self._level())
+    def rows(self, name: str, where: str, fields: Sequence[str], most: int = 0) -> list[dict]:
+        """The rows for which an expression holds, of no certain order; for few, or at most so many, up to MOST."""
+        limit = {"limit": most} if most else {}
+        return self._call("query", self._full(name), filter=where, output_fields=list(fields), **limit, **self._level())
 
     def count(self, name: str, where: str) -> int:
         """How many rows there are for which an expression holds."""

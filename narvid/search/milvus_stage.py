@@ -9,7 +9,7 @@ Here: what stage_one.py does with FAISS, behind the same three methods. Not here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from narvid.search.milvus_store import MilvusStore
 
 TOGETHER = 16  # queries in a search
+
+
+class Left(NamedTuple):
+    """What a filter leaves: files or windows, whose ids are said; field None: everything."""
+
+    field: str | None
+    ids: list[int] | None
+    windows: int
+    sentences: int  # windows that have one
 
 
 class MilvusCandidates:
@@ -38,37 +47,46 @@ class MilvusCandidates:
 
     def windows(self, where: Filter, most: float) -> np.ndarray | None:
         """Ids, rising, of all windows that the filter leaves; None where those are more than `most`."""
-        _, windows, _ = self._of(where)
-        return None if windows > most else self.store.all_windows(*where)
+        return None if self._of(where).windows > most else self.store.all_windows(*where)
 
     def nearest(self, queries: np.ndarray, where: Filter) -> list[np.ndarray]:
         """Ids of the windows to score for each of the queries (B, W), rising: `count` of those with a sentence, and as
         many of those without.
         """
-        files, windows, sentences = self._of(where)
-        expression, found = "" if files is None else f"file in {sorted(files)}", []
-        for count, sentence in ((sentences, "true"), (windows - sentences, "false")):
+        left, found = self._of(where), []
+        for count, sentence in ((left.sentences, "true"), (left.windows - left.sentences, "false")):
             if count:
-                parts = [expression] * bool(expression) + [f"sentence == {sentence}"] * (0 < sentences < windows)
-                found.append(self._nearest(queries, min(count, self.count), " and ".join(parts),
-                                           count / max(1, self._now["windows"]), files is None))
+                part = f"sentence == {sentence}" if 0 < left.sentences < left.windows else ""
+                found.append(self._nearest(queries, min(count, self.count), left, part,
+                                           count / max(1, self._now["windows"])))
         return [np.unique(np.concatenate(both)) for both in zip(*found)]
 
-    def _of(self, where: Filter) -> tuple[set[int] | None, int, int]:
+    def _of(self, where: Filter) -> Left:
         if where == EVERY:
-            return None, self._now["windows"], self._now["sentences"]
-        if where not in self._left:
-            self._left = {where: self.store.files_of(where)}  # the last one: the next page of answers has the same
-        return self._left[where]
+            return Left(None, None, self._now["windows"], self._now["sentences"])
+        left = self._left.get(where)
+        if left is None:
+            if where.has_speech:  # a window's property, not its file's
+                ids = self.store.all_windows(*where).tolist()
+                left = Left("window", ids, len(ids), self.store.with_sentence(ids))
+            else:
+                files, *counts = self.store.files_of(where)
+                left = Left("file", sorted(files), *counts)
+            self._left = {where: left}  # the last one: the next page of answers has the same
+        return left
 
-    def _nearest(self, queries: np.ndarray, wanted: int, where: str, share: float, check: bool) -> list[list[int]]:
-        """`wanted` windows for each query, best first: more and more hits are asked for, until there are so many.
-
-        check: whether windows of no file may be among the hits.
+    def _nearest(self, queries: np.ndarray, wanted: int, left: Left, part: str, share: float) -> list[list[int]]:
+        """`wanted` windows for each query, best first, of those that are left and where an expression holds: more and
+        more hits are asked for, until there are so many.
         """
+        check = left.field is None  # then windows of no file may be among the hits
         slots, _ = self.store.fact("vectors")
         name, window = ("vectors", "window") if self.kind == "text" and slots > 1 else ("windows", "id")
         grouped = name == "vectors" and self.store.milvus.index in GROUPING
+        parts = [part] * bool(part)
+        if not check:
+            parts.append(f"{left.field if left.field == 'file' else window} in {left.ids}")
+        where = " and ".join(parts)
         limit = wanted * (PER_CANDIDATE if name == "vectors" and not grouped else 1)
         found, todo = [[] for _ in queries], list(range(len(queries)))
         while todo:

@@ -1,7 +1,8 @@
 """The index in Milvus: the same things as in store.py, so that many machines search one index.
 
 Here: which collections hold what, and in which order it is written. Not here: connections and errors (milvus.py), one
-writer (milvus_lease.py), the nearest windows (milvus_stage.py), what the features mean (embedding.py).
+writer (milvus_lease.py), the nearest windows (milvus_stage.py), speech (milvus_speech.py), what the features mean
+(embedding.py).
 
   NAME_facts      name: value          settings, statistics, layout, the writer's lease, and "state" (below)
   NAME_files      id, path, seconds, date (what filters ask for), row: File as JSON, windows and sentences of it
@@ -9,10 +10,11 @@ writer (milvus_lease.py), the nearest windows (milvus_stage.py), what the featur
   NAME_windows    id, file, sentence, row: [start, end, picks], v: the vector of `like`
   NAME_features   id of a window, file, rows: what put_file got
   NAME_vectors    id, window, file, sentence, v: the vectors of texts, where a window has several
+  NAME_said, NAME_speech                 what is said (milvus_speech.py)
 
 A file is there when its row in NAME_files is: it is written last and deleted first, and what belongs to no such row is
 never found. "state" says which ids are given out (none is ever used again), how many windows there are, how often files
-have changed, and which files are in hand: where a writer was killed the next one deletes what is left of them.
+have changed, and what is in hand: where a writer was killed the next one brings that to an end.
 A replaced file's new row is written before the old one is deleted: for that moment both are found, each whole.
 
 Bytes are base64 in lists of VARCHAR (pieces), a third more: a VARCHAR holds 65,535 bytes and a JSON field no more, a
@@ -37,6 +39,7 @@ from uuid import uuid4
 import numpy as np
 
 from narvid import InputError
+from narvid.search import milvus_speech
 from narvid.search.milvus import PAGE, Milvus, pieces, place_of
 from narvid.search.milvus_stage import MilvusCandidates
 from narvid.search.stage_one import vectors_of
@@ -66,7 +69,7 @@ class MilvusStore:
         self.path = self.place.text.partition("?")[0]
         self.milvus, self._read_only, self._born = Milvus(self.place), read_only, None
         self._ids = self._known = None
-        self.speech = NoSpeech()
+        self.speech = milvus_speech.MilvusSpeech(self)
         try:
             if create is not None:
                 self._create(create)
@@ -75,6 +78,7 @@ class MilvusStore:
                 if not read_only:
                     self.milvus.lock()
             if not read_only:
+                self.speech.make()
                 self._sweep()
         except BaseException:
             self.close()
@@ -145,7 +149,11 @@ class MilvusStore:
 
     def files(self) -> list[File]:
         """All files, in the order of their paths' bytes."""
-        files = [_row(row)[0] for page in self.milvus.pages("files", "", ["id", "row"]) for row in page]
+        files, marks = [], self.speech.marks()
+        for page in self.milvus.pages("files", "", ["id", "row"]):
+            for row in page:
+                speech, note = marks.get(row["id"], ("", ""))
+                files.append(_row(row)[0]._replace(speech=speech, speech_note=note))
         return sorted(files, key=lambda file: os.fsencode(file.path))
 
     def file(self, id: int) -> File:
@@ -209,21 +217,20 @@ class MilvusStore:
                 "id": id * SLOTS + slot, "window": id, "file": file, "sentence": bool(has), "v": vector}
                 for id, has, some in zip(ids, sentence, of_text, strict=True)
                 for slot, vector in enumerate(some) if vector.any())), 4 * of_text.shape[2])
-        self._check_whole(file, path, counts)
+        for name, count in counts.items():
+            self.check_whole(name, f"file == {file}", count, path)
         self._end(File(file, path, size, mtime_ns, seconds, "", text_of(note), narration, content, recorded),
                   len(windows), int(sentence.sum()))
 
     def fail_file(self, path: str, size: int, mtime_ns: int, why: str) -> None:
         """Remember a file that could not be read, in place of what was there."""
-        self._may_write()
         file, _ = self._begin(path, 0, 0)
         self._end(File(file, path, size, mtime_ns, 0.0, text_of(why), "", "", "", None), 0, 0)
 
     def move_file(self, path: str, new: str, mtime_ns: int) -> None:
         """A file's new name and date; all else stays."""
-        self._may_write()
-        [(file, *counts)] = self._by_path(path).values()
-        self._take_in_hand(self.state(), file.id, [], [0, 0])
+        state, [(file, *counts)] = self.ready(), self._by_path(path).values()
+        self.take_in_hand(state, {"new": file.id, "old": [], "add": {}})
         self._end(file._replace(path=new, mtime_ns=mtime_ns), *counts)
 
     def touch_file(self, path: str, mtime_ns: int) -> None:
@@ -232,9 +239,8 @@ class MilvusStore:
 
     def remove_file(self, path: str) -> None:
         """Forget a file with all that belongs to it."""
-        self._may_write()
-        old = self._by_path(path)
-        self._take_in_hand(self.state(), None, old, [-sum(n) for n in zip((0, 0), *(c for _, *c in old.values()))])
+        state, old = self.ready(), self._by_path(path)
+        self.take_in_hand(state, {"new": None, "old": sorted(old), "add": self._more(old)})
         self._finish(written=True)
 
     # ---- windows ----
@@ -250,8 +256,10 @@ class MilvusStore:
                     since: float = -inf, until: float = inf, has_speech: bool = False) -> np.ndarray:
         """As in Store."""
         where = Filter(folder, min_seconds, max_seconds, since, until, has_speech)
-        if self._layout() is None or has_speech:
+        if self._layout() is None:
             return np.empty(0, np.int64)
+        if has_speech:
+            return self.speech.speaking(where)
         state = self.state()["change"]
         if where != EVERY:
             left = sorted(self.files_of(where)[0])
@@ -267,6 +275,11 @@ class MilvusStore:
         if where == EVERY:
             self._ids = state, ids
         return ids
+
+    def windows_of_file(self, file: int) -> list[tuple[int, float, float]]:
+        """(id, start, end) of each of its windows."""
+        pages = self.milvus.pages("windows", f"file == {file}", ["id", "row"]) if self._layout() else ()
+        return [(row["id"], *json.loads("".join(row["row"]))[:2]) for page in pages for row in page]
 
     def features(self, ids: Sequence[int]) -> dict[str, np.ndarray | None]:
         """As in Store."""
@@ -284,21 +297,26 @@ class MilvusStore:
     # ---- for stage one ----
 
     def files_of(self, where: Filter) -> tuple[set[int], int, int]:
-        """Ids of the files that a filter leaves, how many windows they have, and how many of those a sentence."""
+        """Ids of the files that a filter leaves, how many windows they have, and how many of those a sentence; whether
+        something is said in them is not asked.
+        """
         parts = [f"seconds >= {where.min_seconds!r}"] * (where.min_seconds > 0)
         parts += [f"seconds <= {where.max_seconds!r}"] * (where.max_seconds < inf)
         parts += [f"date >= {where.since!r}"] * (where.since > -inf) + [f"date < {where.until!r}"] * (where.until < inf)
         if folder := "/".join(part for part in where.folder.split("/") if part not in ("", ".")):
             parts.append(f'path > "{quoted(folder)}/" and path < "{quoted(folder)}0"')  # the byte behind the slash
         files, windows, sentences = set(), 0, 0
-        if where.has_speech:
-            return files, windows, sentences
         for page in self.milvus.pages("files", " and ".join(parts), ["id", "row"]):
             for row in page:
                 _, some, of_them = json.loads("".join(row["row"]))
                 files.add(row["id"])
                 windows, sentences = windows + some, sentences + of_them
         return files, windows, sentences
+
+    def with_sentence(self, ids: Sequence[int]) -> int:
+        """How many of these windows have a sentence."""
+        rows = self.milvus.get("windows", "id", ids, ["id", "sentence"]) if len(ids) else {}
+        return sum(row["sentence"] for row in rows.values())
 
     # ---- inside ----
 
@@ -311,10 +329,11 @@ class MilvusStore:
         self.milvus.lock()
         if self.fact("settings") is not None:
             raise InputError(f"{self.path} is an index already; nothing is replaced: give another name")
-        self.milvus.drop(name for name in FIELDS if name != "facts")
+        self.milvus.drop(name for name in (*FIELDS, *milvus_speech.FIELDS) if name != "facts")
         for name in ("files", "frames"):
             self.milvus.make(name, FIELDS[name])
-        state = {"change": 0, "windows": 0, "sentences": 0, "file": 1, "window": 1, "hand": None, "born": uuid4().hex}
+        state = {"change": 0, "windows": 0, "sentences": 0, "spoken": 0, "utterances": 0, "file": 1, "window": 1,
+                 "utterance": 1, "hand": None, "born": uuid4().hex}
         facts = {"layout": None, "vectors": None, "statistics": None, "state": state, "version": VERSION}
         for name, value in (facts | {"settings": settings}).items():  # the settings last: with them it is an index
             self.milvus.set_fact(name, value)
@@ -344,19 +363,37 @@ class MilvusStore:
 
     def _begin(self, path: str, windows: int, sentences: int) -> tuple[int, int]:
         """Ids for a new file and its windows; it, and what is there under this path, are in hand from now on."""
-        state, old = self.state(), self._by_path(path)
+        state, old = self.ready(), self._by_path(path)
         new, first = state["file"], state["window"]
-        add = [n - sum(counts[i] for _, *counts in old.values()) for i, n in enumerate((windows, sentences))]
-        self._take_in_hand(state | {"file": new + 1, "window": first + windows}, new, old, add)
+        self.take_in_hand(state | {"file": new + 1, "window": first + windows},
+                          {"new": new, "old": sorted(old), "add": self._more(old, windows, sentences)})
         return new, first
 
-    def _take_in_hand(self, state: dict, new: int | None, old: Iterable[int], add: Sequence[int]) -> None:
-        """From now on `_finish` brings to an end what happens to these files, here or in the next process.
+    def _more(self, old: dict[int, tuple[File, int, int]], windows: int = 0, sentences: int = 0) -> dict[str, int]:
+        """What of everything there is more when these files are gone, and a new one is there."""
+        spoken, utterances = self.speech.counts_of(old)
+        return {"windows": windows - sum(n for _, n, _ in old.values()), "spoken": -spoken,
+                "sentences": sentences - sum(n for _, _, n in old.values()), "utterances": -utterances}
 
-        new: of the file that shall be there, None where a file goes; old: of what goes with that; add: windows, and of
-        them with a sentence, that there are more then.
+    def ready(self) -> dict:
+        """The state, with nothing in hand any more: what an error left there is swept first."""
+        self._may_write()
+        self._sweep()
+        return self.state()
+
+    def take_in_hand(self, state: dict, hand: dict) -> None:
+        """From now on what happens to these files is brought to an end, here or in the next process.
+
+        hand: {"new": the file that shall be there, None where a file goes, "old": the files that go with that, "add":
+        what there is more of then}, or what MilvusSpeech.put says.
         """
-        self.milvus.set_fact("state", state | {"hand": {"new": new, "old": sorted(old), "add": list(add)}})
+        self.milvus.set_fact("state", state | {"hand": hand})
+
+    def let_go(self, state: dict, add: dict[str, int] | None) -> None:
+        """Nothing is in hand any more; add: what there is more of, None where nothing has changed."""
+        more = {} if add is None else {"change": state["change"] + 1} | {
+            name: state.get(name, 0) + n for name, n in add.items()}
+        self.milvus.set_fact("state", state | {"hand": None} | more)
 
     def _end(self, file: File, windows: int, sentences: int) -> None:
         """All of the file is there: its row, and away with what it replaces."""
@@ -367,28 +404,26 @@ class MilvusStore:
         """Delete what the files in hand leave behind, and say what has changed; written: the new one is there."""
         state = self.state()
         hand = state["hand"]
-        gone = hand["old"] if written else [hand["new"]]
-        if gone:
+        if gone := hand["old"] if written else [hand["new"]]:
+            self.speech.forget(gone)
             self.milvus.delete("files", f"id in {gone}")
             for name in OF_A_FILE if self._layout() else OF_A_FILE[:1]:
                 self.milvus.delete(name, f"file in {gone}")
-        state |= {"hand": None}
-        if written:
-            more = {name: state[name] + n for name, n in zip(("windows", "sentences"), hand["add"])}
-            state |= more | {"change": state["change"] + 1}
-        self.milvus.set_fact("state", state)
+        self.let_go(state, hand["add"] if written else None)
 
     def _sweep(self) -> None:
         """Bring to an end what a killed writer had in hand."""
-        if hand := self.state()["hand"]:
+        hand = self.state()["hand"]
+        if hand and "put" in hand:
+            self.speech.finish()
+        elif hand:
             self._finish(written=hand["new"] is None or bool(self.visible([hand["new"]])))
 
-    def _check_whole(self, file: int, path: str, counts: dict[str, int]) -> None:
-        """InputError where less can be read of a file than was written; a reader sees all of it from here on."""
-        for name, count in counts.items():
-            if (found := self.milvus.count(name, f"file == {file}")) < count:
-                raise InputError(f"{self.path}: of {count} rows of {path} in {self.place.name}_{name} only {found} can "
-                                 "be read; the same command writes that file again")
+    def check_whole(self, name: str, where: str, count: int, what: str) -> None:
+        """InputError where less can be read than was written; a reader sees all of it from here on."""
+        if (found := self.milvus.count(name, where)) < count:
+            raise InputError(f"{self.path}: of {count} rows of {what} in {self.place.name}_{name} only {found} can be "
+                             "read; the same command writes that again")
 
     def _put_row(self, file: File, windows: int, sentences: int) -> None:
         date = file.mtime_ns / 1e9 if file.recorded is None else file.recorded
@@ -414,20 +449,6 @@ class MilvusStore:
         """Of the features; it is said once and never changed."""
         self._known = self._known or self.fact("layout")
         return self._known
-
-
-class NoSpeech:
-    """What is said in the files of an index in Milvus: nothing, for it is not kept there (speech_store.py)."""
-
-    exists = False  # so that none is put into it
-
-    def count(self) -> tuple[int, int]:
-        """Files in which something is said, and utterances."""
-        return 0, 0
-
-    def ids(self, *_) -> np.ndarray:
-        """Of all utterances."""
-        return np.empty(0, np.int64)
 
 
 def is_index(path: str) -> bool:

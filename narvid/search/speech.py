@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from narvid.search.rows import Filter
 from narvid.search.speech_store import Utterance
-from narvid.search.stage_one import StageOne, up_to_date
-from narvid.search.rows import EVERY, Filter
 
 if TYPE_CHECKING:
     from narvid.search.embedding import Embedder
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 CHANCE = 2.0  # deviations above the mean that count nothing
 LEAST = 0.01  # a deviation: where neutral queries share no word with what is said, as in another language
 COMMON = 20_000  # a word that is said in so many utterances tells nothing and is not looked for
-TRAINED_ON = 50_000  # utterances at most that the index of vectors is trained on
 
 
 class Asked(NamedTuple):
@@ -51,13 +49,13 @@ class Speech:
 
     def __init__(self, store: Store, embedder: Embedder):
         self.store, self.said, self.embedder = store, store.speech, embedder
-        self._change, self._ids, self._holding, self._index, self._last = None, np.empty(0, np.int64), {}, None, None
+        self._change, self._count, self._holding = None, 0, {}
 
     def ask(self, texts: Sequence[str], eos: np.ndarray) -> Asked | None:
         """What is asked of speech for these texts, whose eos features are (P, D); None where nothing is said."""
         if self._change != (change := self.store.change):
-            self._change, self._ids, self._holding = change, self.said.ids(), {}
-        if not len(self._ids):
+            self._change, self._count, self._holding = change, self.said.count()[1], {}
+        if not self._count:
             return None
         words = np.empty(len(texts), object)
         for p, text in enumerate(texts):
@@ -88,14 +86,13 @@ class Speech:
         """Stage one: ids, rising, of the windows that hold the `count` utterances nearest to each text, and as many
         with the most of its words.
         """
-        allowed = self._allowed(where)
-        found = [*self._nearest(asked.eos, count, allowed)]
+        found = self.said.nearest(asked.eos, count, where)
         for words in asked.words:
             held = [(ids, self._idf(word)) for word in words if len(ids := self._holding_of(word))]
             if held:
                 ids, place = np.unique(np.concatenate([ids for ids, _ in held]), return_inverse=True)
                 mass = np.bincount(place, np.repeat([idf for _, idf in held], [len(ids) for ids, _ in held]))
-                inside = np.ones(len(ids), bool) if allowed is None else np.isin(ids, allowed)
+                inside = self.said.within(ids, where)
                 found.append(ids[inside][np.argsort(-mass[inside], kind="stable")[:count]])
         return self.said.windows_of(np.unique(np.concatenate(found)))
 
@@ -129,33 +126,7 @@ class Speech:
     def _idf(self, word: str) -> float:
         self._holding_of(word)
         count = self._holding[word][0]
-        return 0.0 if count == COMMON else log(1 + (len(self._ids) - count + 0.5) / (count + 0.5))
-
-    def _nearest(self, eos: np.ndarray, count: int, allowed: np.ndarray | None) -> list[np.ndarray]:
-        """Ids of the `count` utterances nearest to each text, and of all that the index of vectors does not know yet;
-        it is made again when those are more than `count`.
-        """
-        if len(self._ids) <= count:
-            return [self._ids if allowed is None else allowed]
-
-        def make() -> StageOne:
-            every = -(-len(self._ids) // TRAINED_ON)
-            sample = np.concatenate([vectors[::every] for _, vectors in self.said.vectors()])
-            blocks = ((ids, vectors[:, None], np.ones(len(ids), bool)) for ids, vectors in self.said.vectors())
-            return StageOne.make(blocks, sample, len(self._ids))
-
-        index = self._index = up_to_date(self._index, self.store.folder, "speech", self._ids, count, make)
-        left = self._ids if allowed is None else allowed
-        known = np.isin(index.ids, left)
-        return [*index.nearest(eos, count, None if known.all() else known), np.setdiff1d(left, index.ids)]
-
-    def _allowed(self, where: Filter) -> np.ndarray | None:
-        """Ids of the utterances in the files that the filter leaves, rising; None for all."""
-        if where == EVERY:
-            return None
-        if self._last is None or self._last[:2] != (self._change, where):
-            self._last = self._change, where, self.said.ids(where)
-        return self._last[2]
+        return 0.0 if count == COMMON else log(1 + (self._count - count + 0.5) / (count + 0.5))
 
 
 def counted(fit: np.ndarray, statistics: Sequence[Sequence[float]]) -> np.ndarray:

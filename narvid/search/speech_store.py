@@ -1,12 +1,12 @@
 """What is said in the files, in the index's database: utterances with their times, found by word, window or number.
 
-Here: the tables and their SQL. Not here: where utterances come from (speech_sources.py), what they are worth to a
-query (speech.py), files and windows (store.py).
+Here: the tables and their SQL, the nearest vectors. Not here: where utterances come from (speech_sources.py), what they
+are worth to a query (speech.py), files and windows (store.py), an index in Milvus (milvus_speech.py).
 
 An utterance belongs to the windows that its middle lies in. Words are found by SQLite's full-text search (FTS5), which
 triggers keep in step within the same transaction; a database that was made without FTS5 is read through instead.
 
-Shapes: m utterances, D numbers of a vector.
+Shapes: m utterances, D numbers of a vector, P texts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from narvid.search.rows import EVERY, Filter
+from narvid.search.stage_one import StageOne, up_to_date
+
 if TYPE_CHECKING:
-    from narvid.search.rows import Filter
     from narvid.search.store import Store
 
 SCHEMA = """
@@ -29,14 +31,15 @@ CREATE TABLE speech (id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER NOT NULL
     middle REAL NOT NULL, start REAL NOT NULL, "end" REAL NOT NULL, text TEXT NOT NULL, vector BLOB NOT NULL);
 CREATE INDEX speech_of_file ON speech (file, middle)
 """
+TOKENS = "tokenize='porter unicode61 remove_diacritics 2'"
 WORDS = (  # foreign keys fire triggers too: what is removed with a file is removed here
-    "CREATE VIRTUAL TABLE speech_words USING fts5(text, content=speech, content_rowid=id, "
-    "tokenize='porter unicode61 remove_diacritics 2')",
+    f"CREATE VIRTUAL TABLE speech_words USING fts5(text, content=speech, content_rowid=id, {TOKENS})",
     "CREATE TRIGGER speech_put AFTER INSERT ON speech BEGIN "
     "INSERT INTO speech_words (rowid, text) VALUES (new.id, new.text); END",
     "CREATE TRIGGER speech_gone AFTER DELETE ON speech BEGIN "
     "INSERT INTO speech_words (speech_words, rowid, text) VALUES ('delete', old.id, old.text); END",
 )
+TRAINED_ON = 50_000  # utterances at most that the index of vectors is trained on
 HEARD_IN = 'speech.file = windows.file AND middle >= windows.start AND middle < windows."end"'
 
 
@@ -56,6 +59,7 @@ class SpeechStore:
 
     def __init__(self, store: Store):
         self.store = store
+        self._index, self._last = None, None
 
     @staticmethod
     def create(run) -> None:
@@ -125,6 +129,27 @@ class SpeechStore:
             last = rows[-1][0]
             yield np.array([row[0] for row in rows], np.int64), _matrix([row[1] for row in rows])
 
+    def within(self, ids: np.ndarray, where: Filter) -> np.ndarray:
+        """Which of these utterances (n,) are said in a file that the filter leaves."""
+        return np.ones(len(ids), bool) if where == EVERY else np.isin(ids, self._left(where))
+
+    def nearest(self, eos: np.ndarray, count: int, where: Filter) -> list[np.ndarray]:
+        """For each of P texts (P, D) ids of the `count` utterances nearest to it, in the files that the filter leaves,
+        and of all that the index of vectors does not know yet; it is made again when those are more than `count`.
+        """
+        every, left = self._left(EVERY), self._left(where)
+        if len(every) <= count:
+            return [left]
+
+        def make() -> StageOne:
+            sample = np.concatenate([vectors[::-(-len(every) // TRAINED_ON)] for _, vectors in self.vectors()])
+            blocks = ((ids, vectors[:, None], np.ones(len(ids), bool)) for ids, vectors in self.vectors())
+            return StageOne.make(blocks, sample, len(every))
+
+        index = self._index = up_to_date(self._index, self.store.folder, "speech", every, count, make)
+        known = np.isin(index.ids, left)
+        return [*index.nearest(eos, count, None if known.all() else known), np.setdiff1d(left, index.ids)]
+
     def of_windows(self, windows: Sequence[int]) -> tuple[np.ndarray, list[Utterance], np.ndarray]:
         """What is said in these windows: the place (m,) of each utterance's window among them, rising; the utterances,
         in time order within a window; their vectors (m, D) float32.
@@ -158,6 +183,15 @@ class SpeechStore:
             near = self.store.all("SELECT id, text FROM speech WHERE text LIKE ? ORDER BY id", f"%{word}%")
             rows = [row for row in near if of_its_own.search(row[1])][:most]
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+
+    def _left(self, where: Filter) -> np.ndarray:
+        """`ids`, remembered of all, and of the last filter, until the index changes."""
+        if self._last is None or self._last[0] != (change := self.store.change):
+            self._last = (change := self.store.change), {EVERY: self.ids()}
+        kept = self._last[1]
+        if where not in kept:
+            self._last = change, (kept := {EVERY: kept[EVERY], where: self.ids(where)})
+        return kept[where]
 
     def _has(self, table: str) -> bool:
         return bool(self.store.all("SELECT 1 FROM sqlite_master WHERE name = ?", table))

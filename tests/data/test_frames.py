@@ -457,6 +457,9 @@ def test_what_extraction_refuses(tmp_path):
     (videos / "a.avi").write_bytes(b"")
     with pytest.raises(InputError, match="have one id, 'a'"):
         extract(videos, tmp_path / "frames")
+    (videos / "a.avi").rename(videos / "index.jsonl.mp4")
+    with pytest.raises(InputError, match=r"index\.jsonl\.mp4: the folder of its frames would be called index\.jsonl"):
+        extract(videos, tmp_path / "frames")
 
 
 def test_nothing_extracted_is_exit_status_1(tmp_path):

@@ -25,7 +25,7 @@ from PIL import Image
 from test_resume import assert_same_run
 
 import main_task_retrieval as trainer
-from narvid import files
+from narvid import evaluation, files
 from narvid.data.frames import frame_path
 from narvid.run import endings
 
@@ -298,6 +298,18 @@ def test_a_signal_in_an_evaluation_or_before_the_first_step(corpus, evaluated, t
     assert_same_run(evaluated, run)
 
 
+def kill_in_an_evaluation(argv, number):
+    """main(argv), whose first evaluation loses a process that loads frames."""
+    def first(loader, **how):
+        before = multiprocessing.active_children()
+        batches = iter(loader)
+        [os.kill(child.pid, number) for child in multiprocessing.active_children() if child not in before]
+        return bar(batches, **how)
+
+    bar, evaluation.tqdm = evaluation.tqdm, first
+    trainer.main(argv)
+
+
 def kill_a_worker(argv, number):
     """main(argv), whose loader loses a process in the second step, as the system does it where memory ends."""
     step, taken = trainer.train_step, []
@@ -323,6 +335,17 @@ def test_a_loader_that_is_killed_ends_the_run_in_one_sentence_and_no_step_is_los
     trainer.main(tiny.flags(corpus, whole, *flags))
     trainer.main(tiny.flags(corpus, run, *flags, "--resume", "auto"))
     assert_same_run(whole, run)
+
+
+def test_a_loader_that_is_killed_in_an_evaluation_costs_no_step(corpus, evaluated, tmp_path):
+    run, argv = tmp_path / "run", tiny.flags(corpus, tmp_path / "run", *EVALUATED)
+    process = tiny.start(kill_in_an_evaluation, [*argv, "--num_workers", "1"], signal.SIGKILL, log=tmp_path / "log")
+    assert tiny.wait(process) == 1
+    (sentence,) = lines_of(tmp_path / "log")
+    assert "a process that loads frames has ended before its time" in sentence and UNFORESEEN not in sentence
+    assert torch.load(run / "last.pt", weights_only=True)["global_step"] == 1
+    trainer.main([*argv, "--resume", "auto"])
+    assert_same_run(evaluated, run)
 
 
 def hide_the_frames(argv, frames):

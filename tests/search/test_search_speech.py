@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sqlite3
+from functools import partial
 from math import log
 
 import numpy as np
@@ -60,9 +61,7 @@ def test_utterances_belong_to_the_windows_that_their_middle_lies_in(store):
     [of_file] = store.files()
     assert (of_file.speech, of_file.speech_note) == ("said.srt 1 2", "")
     assert [u.text for u in store.speech.of_file(of_file.id)] == [text for _, _, text in SAID]
-    [(ids, vectors)] = store.speech.vectors()
-    assert np.array_equal(ids, store.speech.ids()) and np.array_equal(vectors, VECTORS)
-    assert store.speech.windows_of(ids[:2]).tolist() == windows[:2]
+    assert store.speech.windows_of(store.speech.ids()[:2]).tolist() == windows[:2]
     places, said, vectors = store.speech.of_windows([])
     assert len(places) == len(said) == len(vectors) == 0
 
@@ -88,6 +87,15 @@ def test_speech_goes_with_its_file_and_is_replaced_as_a_whole(store):
     store.speech.put(store.files()[0].id, "x", "", [(0.0, 2.0, "mice")], VECTORS[:1])
     store.speech.drop()
     assert store.speech.count() == (0, 0) and not len(store.speech.with_word("mice", 9))
+    assert store.files()[0].speech == "" and len(store.all_windows()) == 3
+
+
+def test_sqlite_keeps_words_and_vectors_in_step(store):
+    [(ids, vectors)] = store.speech.vectors()
+    assert np.array_equal(ids, store.speech.ids()) and np.array_equal(vectors, VECTORS)
+    put(store)
+    store.speech.put(store.files()[0].id, "x", "", [(0.0, 2.0, "mice")], VECTORS[:1])
+    store.speech.drop()
     with store.transaction() as run:
         run("INSERT INTO speech_words (speech_words) VALUES ('integrity-check')")
 
@@ -333,19 +341,21 @@ SPOKEN = {"clip1": [(0.2, 1.2, "my name is anna and I take 42"), (1.5, 2.5, "red
 QUERIES = ["anna mentions 42", "very red turns blue", "carl", "zebra crossing", "ANNA, anna!", "42 of carl"]
 
 
-@pytest.fixture(scope="module")
-def spoken(measured, embedder, tmp_path_factory):  # noqa: F811
+def speaking(store, split, embedder):  # noqa: F811
     """All test videos as one window each; some speak."""
-    split, *_ = measured
-    store = new_store(tmp_path_factory.mktemp("spoken") / "i", embedder)
     for video, frames, sentences in zip(split.videos, pictures(split), split.sentences):
         put_video(store, embedder, f"{video}.mp4", frames, sentences)
     store.statistics = compute_statistics(store, embedder, None)
     for file, said in zip(store.files(), [*SPOKEN.values()]):
         store.speech.put(file.id, "x", "", said, embedder.text_vectors([text for _, _, text in said]))
     store.set_fact("speech_statistics", speech_statistics(store, Speech(store, embedder), embedder, None))
-    yield store
-    store.close()
+    return store
+
+
+@pytest.fixture(scope="module")
+def spoken(measured, embedder, tmp_path_factory):  # noqa: F811
+    with speaking(new_store(tmp_path_factory.mktemp("spoken") / "i", embedder), measured[0], embedder) as store:
+        yield store
 
 
 def z_of(store, embedder, query, said):  # noqa: F811
@@ -417,30 +427,35 @@ def test_stage_one_finds_what_only_speech_answers(spoken, embedder):  # noqa: F8
     assert engine.search(["anna mentions 42"], top=1)[0][0].path == path
 
 
+def candidates(store, embedder, query, count, where=Filter(), eos=None):  # noqa: F811
+    speech, vector = Speech(store, embedder), embedder.text_vectors([query]) if eos is None else eos
+    return speech.candidates(speech.ask([query], vector), where, count).tolist()
+
+
 def test_candidates_by_words_and_by_vectors(spoken, embedder, monkeypatch):  # noqa: F811
-    speech, windows = Speech(spoken, embedder), spoken.all_windows(has_speech=True).tolist()
-    ids = spoken.speech.ids()
-
-    def found(query, count, where=Filter(), eos=None):
-        vector = embedder.text_vectors([query]) if eos is None else eos
-        return speech.candidates(speech.ask([query], vector), where, count).tolist()
-
+    windows, found = spoken.all_windows(has_speech=True).tolist(), partial(candidates, spoken, embedder)
     by_vector = embedder.text_vectors(["this is carl, 42 please"])
     assert found("zebra", 1, eos=by_vector) == [windows[1]]  # the nearest of four, by an index of vectors
     assert found("anna", 1, eos=by_vector) == windows[:2]
-    assert found("zebra", len(ids)) == windows
+    assert found("zebra", len(spoken.speech.ids())) == windows
     assert found("anna", 1, Filter(folder="nowhere")) == []
-    new = spoken.files()[-1].id
-    spoken.speech.put(new, "x", "", [(0.0, 1.0, "a zebra")], embedder.text_vectors(["a zebra"]))
-    try:
-        of_new = spoken.all_windows(has_speech=True)[~np.isin(spoken.all_windows(has_speech=True), windows)].tolist()
-        assert found("horse", 1, eos=by_vector) == sorted([windows[1], *of_new])  # new ones are always looked at
-    finally:
-        spoken.speech.put(new, "x", "", [], np.zeros((0, 1)))
     monkeypatch.setattr("narvid.search.speech.COMMON", 2)
     asked = Speech(spoken, embedder)
     fit = asked.fit(asked.ask(["anna carl"], by_vector), windows[:3])
     assert fit[0, 0].tolist() == pytest.approx([0, 1, 0])  # anna is said too often to tell anything
+
+
+def test_speech_that_the_index_of_vectors_does_not_know_yet_is_always_looked_at(spoken, embedder):  # noqa: F811
+    windows, found = spoken.all_windows(has_speech=True).tolist(), partial(candidates, spoken, embedder)
+    by_vector = embedder.text_vectors(["this is carl, 42 please"])
+    assert found("zebra", 1, eos=by_vector) == [windows[1]]  # it is made
+    new = spoken.files()[-1].id
+    spoken.speech.put(new, "x", "", [(0.0, 1.0, "a zebra")], embedder.text_vectors(["a zebra"]))
+    try:
+        of_new = spoken.all_windows(has_speech=True)[~np.isin(spoken.all_windows(has_speech=True), windows)].tolist()
+        assert found("horse", 1, eos=by_vector) == sorted([windows[1], *of_new])
+    finally:
+        spoken.speech.put(new, "x", "", [], np.zeros((0, 1)))
 
 
 def test_pictures_ask_nothing_of_speech_and_minus_takes_it_away(spoken, embedder):  # noqa: F811
