@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ class MilvusSpeech:
         self.store.let_go(state, {"spoken": -state.get("spoken", 0), "utterances": -state.get("utterances", 0)})
 
     def forget(self, files: Sequence[int]) -> None:
-        """Delete all that is said in files which are about to go; before their rows, that none is found without one."""
+        """Delete all that is said in files which are gone."""
         if self.exists:
             self.milvus.delete("said", f"file in {files}")
         if self._width():
@@ -164,14 +164,13 @@ class MilvusSpeech:
 
     def windows_of(self, utterances: Sequence[int]) -> np.ndarray:
         """Ids of the windows in which these utterances are said, each once, rising."""
-        rows = self._rows(utterances, ["id", "windows"]).values()
-        return np.unique(np.array([id for row in rows for id in row["windows"]], np.int64))
+        return self._windows(self._rows(utterances, ["id", "file", "windows"]).values())
 
     def speaking(self, where: Filter) -> np.ndarray:
         """Ids of the windows in which something is said, of the files that the filter leaves, rising."""
         rows = [row for page in self._pages("", ["id", "file", "put", "windows"]) for row in page]
         there = set(self._there(rows, where).tolist())
-        return np.unique(np.array([id for row in rows if row["id"] in there for id in row["windows"]], np.int64))
+        return self._windows([row for row in rows if row["id"] in there])
 
     def with_word(self, word: str, most: int) -> np.ndarray:
         """Ids of the utterances that hold a word, in whichever of its English forms; at most so many, rising."""
@@ -203,6 +202,11 @@ class MilvusSpeech:
         puts = {file: mark[2] for file, mark in self._marks({row["file"] for row in rows}).items()}
         return np.array(sorted(row["id"] for row in rows if puts.get(row["file"]) == row["put"]
                                and (left is None or row["file"] in left)), np.int64)
+
+    def _windows(self, rows: Collection[dict]) -> np.ndarray:
+        """The windows of these utterances, without those of a file that is gone, or on its way out."""
+        files = self.store.visible({row["file"] for row in rows})
+        return np.unique(np.array([id for row in rows if row["file"] in files for id in row["windows"]], np.int64))
 
     def _rows(self, ids: Sequence[int], fields: Sequence[str]) -> dict[int, dict]:
         return self.milvus.get("speech", "id", ids, fields) if len(ids) and self._width() else {}

@@ -405,8 +405,8 @@ class MilvusStore:
         state = self.state()
         hand = state["hand"]
         if gone := hand["old"] if written else [hand["new"]]:
-            self.speech.forget(gone)
             self.milvus.delete("files", f"id in {gone}")
+            self.speech.forget(gone)
             for name in OF_A_FILE if self._layout() else OF_A_FILE[:1]:
                 self.milvus.delete(name, f"file in {gone}")
         self.let_go(state, hand["add"] if written else None)

@@ -88,3 +88,15 @@ def test_answers_equal_those_of_an_index_in_a_folder(spoken, measured, embedder,
 
     with speaking(in_a_folder(tmp_path / "i", embedder), measured[0], embedder) as folder:
         assert answers(folder) == answers(spoken)
+
+
+def test_speech_of_a_file_that_is_on_its_way_out_brings_no_window(at):
+    with MilvusStore(at(), create={}) as store:
+        first, second = put(store), put(store, "b.mp4")
+        for file in (first, second):
+            store.speech.put(file, "x", "", SAID, VECTORS)
+        ids = store.speech.ids()
+        store.milvus.delete("files", f"id == {first}")  # a writer was killed here
+        left = store.speech.windows_of(ids).tolist()
+        assert left == store.all_windows(has_speech=True).tolist() == store.speech.windows_of(ids[3:]).tolist()
+        assert len(left) == 3
