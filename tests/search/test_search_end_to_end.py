@@ -204,6 +204,9 @@ def test_a_watched_folder_shows_in_a_running_page(demo, run, tmp_path):
             wait_for(lambda: {a.path for a in client.search(QUERY)} == {"video0.mp4", "video1.mp4"})
             (videos / "video0.mp4").unlink()
             wait_for(lambda: [a.path for a in client.search(QUERY)] == ["video1.mp4"])
+            for words in ("the password is swordfish", "it was changed to marlin"):  # subtitles come, and are edited
+                (videos / "video1.srt").write_text(f"1\n00:00:00,500 --> 00:00:01,500\n{words}\n")
+                wait_for(lambda: (said := client.search(words)[0].said) and said.text == words)
         finally:
             serving.send_signal(signal.SIGINT)
             serving.wait(60)
