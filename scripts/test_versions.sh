@@ -23,6 +23,7 @@ for end in oldest newest; do
     wanted=requirements.txt
     [ $end = newest ] || wanted=$home/floors.txt
     $home/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -r $wanted
+    $home/bin/python -m compileall -q -j 0 $home/lib >/dev/null 2>&1 || true # as in env.sh
 
     echo "== $end: tests"
     report=$home/tests.xml

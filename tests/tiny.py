@@ -218,7 +218,7 @@ def results(run: Path) -> list[dict]:
 
 # torch is imported once, by a server; each process is then forked from it, clean, in milliseconds.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch.distributed", "open_clip"])
+_processes.set_forkserver_preload(["pytest", "torch.distributed", "main_task_retrieval"])
 
 
 def start(function, *args, log: Path, **environment: str) -> multiprocessing.Process:
