@@ -72,14 +72,28 @@ class MilvusSpeech:
             for i, ((start, end, text), row) in enumerate(zip(said, rows, strict=True))), 8 * max(1, rows.shape[1]))
         if said:
             self.store.check_whole("speech", f"file == {file} and put == {first}", len(said),
-                                   f"what is said in file {file}")
+                                   f"what is said in {self.store.file(file).path}")
         self.milvus.upsert("said", {"file": file, "row": pieces(json.dumps([source, note, first, len(said)]))})
         self.finish(written=True)
 
+    def drop(self) -> None:
+        """Forget all speech, and that it was looked for."""
+        self.store.take_in_hand(self.store.ready(), {"put": None})
+        self.finish()
+
     def finish(self, written: bool | None = None) -> None:
-        """Delete what the put in hand leaves behind, and say what has changed; written: it is there, None: look."""
+        """Bring a put or a drop in hand to an end: delete what is left of the other state, say what has changed.
+
+        written: the put is there, None: look.
+        """
         state = self.store.state()
         hand = state["hand"]
+        if hand["put"] is None:
+            self.milvus.delete("said", "file >= 0")  # not the collections: readers have them open
+            if self._width():
+                self.milvus.delete("speech", "id >= 0")
+            self.store.let_go(state, {name: -state.get(name, 0) for name in ("spoken", "utterances")})
+            return
         if written is None:
             mark = self._marks([hand["file"]]).get(hand["file"])
             written = mark is not None and mark[2] == hand["put"]
@@ -87,14 +101,6 @@ class MilvusSpeech:
             other = f"put != {hand['put']}" if written else f"put == {hand['put']}"
             self.milvus.delete("speech", f"file == {hand['file']} and {other}")
         self.store.let_go(state, hand["add"] if written and hand["heard"] else None)  # silence changes no answer
-
-    def drop(self) -> None:
-        """Forget all speech, and that it was looked for."""
-        state = self.store.ready()
-        self.milvus.drop(("said", "speech"))
-        self._dim = None
-        self.make()
-        self.store.let_go(state, {"spoken": -state.get("spoken", 0), "utterances": -state.get("utterances", 0)})
 
     def forget(self, files: Sequence[int]) -> None:
         """Delete all that is said in files which are gone."""

@@ -321,7 +321,7 @@ def of_b(store):
 EVERY_STEP = int(os.environ.get("NARVID_KILL_STRIDE", 9))  # 1 kills at each call of Milvus: minutes
 
 
-@pytest.mark.parametrize("what", ["new", "changed", "moved", "removed", "heard", "silent"])
+@pytest.mark.parametrize("what", ["new", "changed", "moved", "removed", "heard", "silent", "deaf"])
 def test_a_kill_at_any_step_loses_no_more_than_the_file_in_hand(at, what, monkeypatch):
     """A reader sees the state before or the one after, at every step of the writer, and the next writer too."""
     monkeypatch.setattr(milvus_lease, "STALE", 0.2)
@@ -330,7 +330,8 @@ def test_a_kill_at_any_step_loses_no_more_than_the_file_in_hand(at, what, monkey
             "moved": lambda store: store.move_file("b.mp4", "c/d.mp4", 7),
             "removed": lambda store: store.remove_file("b.mp4"),
             "heard": lambda store: store.speech.put(of_b(store), "c", "a note", SAID[1:], VECTORS[1:]),
-            "silent": lambda store: store.speech.put(of_b(store), "", "", [], VECTORS[:0])}[what]
+            "silent": lambda store: store.speech.put(of_b(store), "", "", [], VECTORS[:0]),
+            "deaf": lambda store: store.speech.drop()}[what]
 
     def begun(name):
         store = MilvusStore(at(name), create={})
