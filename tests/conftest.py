@@ -1,6 +1,7 @@
 """What every test shares: the checkout on the path, one thread, and the tiny corpus with its weights (tiny.py)."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,18 @@ def pytest_collection_modifyitems(items):
     """What takes longest first, file by file, so that no process is left alone with it at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """pytest's, emptied when the test has passed: of all tests it would be 5 GB. The folder itself stays, so that no
+    other test gets its name, by which things are remembered.
+    """
+    failed = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == failed:
+        for path in tmp_path.iterdir():
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

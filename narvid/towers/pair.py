@@ -162,9 +162,9 @@ class Towers(nn.Module):
             layers = group_parameters(self.visual.trunk, self.visual.trunk.group_matcher(coarse=False), reverse=True)
             last, known = max(layers.values()), any(".blocks." in f".{name}" for name in layers)
             behind = last if known else last + 1  # timm counts a ViT's final norm as one more layer
-            return {f"visual.{name}": layers[name.removeprefix("trunk.")]
-                    if name.startswith("trunk.") and layers[name.removeprefix("trunk.")] < behind else None
-                    for name, _ in self.visual.named_parameters()}
+            layers = {f"trunk.{name}": depth if depth < behind else None for name, depth in layers.items()}
+            layers |= {name: 0 for name in layers if name.startswith("trunk.norm_pre.")}  # older ones: as the final one
+            return {f"visual.{name}": layers.get(name) for name, _ in self.visual.named_parameters()}
         if isinstance(self.visual, ModifiedResNet):
             stages = {f"layer{n}": n for n in range(1, 5)} | {"attnpool": None}
             return {f"visual.{name}": stages.get(name.split(".")[0], 0) for name, _ in self.visual.named_parameters()}

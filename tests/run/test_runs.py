@@ -561,7 +561,8 @@ def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     for argv, words in ((tiny.flags(edited, tmp_path / "run"), "video nowhere has no frames"),
                         (tiny.flags(corpus, tmp_path / "run", "--lr", "much"), "argument --lr: invalid number")):
         process = torchrun(argv)
-        printed = process.communicate(timeout=120)[0].strip().splitlines()
+        printed = [line for line in process.communicate(timeout=120)[0].strip().splitlines()
+                   if not line.startswith("[Gloo]")]  # torch 2.8 greets
         assert process.returncode == 1
         sentences = [line for line in printed if words in line]
         assert printed[0] == sentences[0] and printed[0].startswith("error: ")
