@@ -40,7 +40,7 @@ class MilvusSpeech:
     """The speech of an open MilvusStore; what it offers is what SpeechStore offers, the arguments are the same."""
 
     def __init__(self, store: MilvusStore):
-        self.store, self.milvus, self._dim, self._room = store, store.milvus, None, False
+        self.store, self.milvus, self._dim, self._room, self._last = store, store.milvus, None, False, None
 
     @property
     def exists(self) -> bool:
@@ -197,8 +197,13 @@ class MilvusSpeech:
         return {file: tuple(json.loads("".join(row["row"]))) for file, row in rows.items()}
 
     def _left(self, where: Filter) -> set[int] | None:
-        """Ids of the files that a filter leaves, None for all."""
-        return None if where._replace(has_speech=False) == EVERY else self.store.files_of(where)[0]
+        """Ids of the files that a filter leaves, None for all; a search asks several times, so the last are kept."""
+        if where._replace(has_speech=False) == EVERY:
+            return None
+        last, change = self._last, self.store.change
+        if last is None or last[:2] != (change, where):
+            last = self._last = change, where, self.store.files_of(where)[0]
+        return last[2]
 
     def _there(self, rows: Iterable[dict], where: Filter) -> np.ndarray:
         """Ids, rising, of those of these utterances that their file's put holds, in files that the filter leaves."""

@@ -378,8 +378,10 @@ class MilvusStore:
     def ready(self) -> dict:
         """The state, with nothing in hand any more: what an error left there is swept first."""
         self._may_write()
-        self._sweep()
-        return self.state()
+        if (state := self.state())["hand"]:
+            self._sweep()
+            state = self.state()
+        return state
 
     def take_in_hand(self, state: dict, hand: dict) -> None:
         """From now on what happens to these files is brought to an end, here or in the next process.
