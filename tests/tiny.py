@@ -42,7 +42,7 @@ OTHER_TOWERS = {
                             "hf_tokenizer_name": "none", "no_causal_mask": True, "pool_type": "last",
                             "proj_bias": True, "act_kwargs": {"approximate": "tanh"}}},
     "timm": {"embed_dim": 64, "custom_text": True,
-             "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": None, "image_size": 160},
+             "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": None, "image_size": 48},
              "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}}
 # Method -> the settings that train or compute something else than its defaults; a method that is not named has one.
 FORMS = {"narvid": [["--hard_loss", "hinge"], ["--hard_loss", "nce", "--freeze_layers", "-1"], ["--modules"]],
