@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import suppress
 from time import monotonic
+from typing import TextIO
 
 from tqdm import tqdm as every_state
 
@@ -45,13 +46,22 @@ class tqdm(every_state):
             super().display(pos=0)  # below no other bar: a file has no place to move to
 
 
-def say(text: str) -> None:
-    """Print above a progress bar. Where nobody reads (`| head` has left, the disk of a log is full), work goes on."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print above a progress bar, to stdout. Where nobody reads (`| head` has left, the disk of a log is full), work
+    goes on.
+    """
+    stream = stream or sys.stdout
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
+        tqdm.write(text, file=stream)
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it, and all that follows
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in it, and all that follows
+
+
+def remark(text: str) -> None:
+    """`say` to stderr what is no result, once for all processes of this machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        say(text, sys.stderr)
 
 
 class _Lines:

@@ -46,4 +46,4 @@ def weights(tmp_path_factory, corpus) -> Path:
     """A checkpoint of all modules, its weights from numpy: the same with every version of torch."""
     import tiny
 
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("weights") / "start.pt", corpus)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("weights") / "start.pt", corpus / "clip.json")

@@ -41,7 +41,8 @@ def run_ranks(world_size, function, *args, log):
 VARIANTS = {"in parts": ["--exclude_same_video", "--micro_batch", "3", "--gradient_accumulation_steps", "2"],
             "accumulated": ["--exclude_same_video", "--gradient_accumulation_steps", "2", "--grad_checkpointing"],
             "scale alone": ["--method", "clip4clip", "--head", "meanP", "--freeze_towers"],
-            "siglip towers": [], "timm towers": ["--freeze_layers", "-1"],
+            "siglip towers": ["--freeze_layers", "-1"],
+            "timm towers": [],  # whose positions, which are frozen so, timm resizes in float32
             **{" ".join(form[1:]).replace("--", ""): [*form, "--exclude_same_video"] for form in tiny.TRAINED}}
 OTHERS = [f"{name} towers" for name in tiny.OTHER_TOWERS]
 HINGE = "narvid hard_loss hinge"
@@ -74,7 +75,7 @@ def write_steps(argv_of, folder):
 def alone(corpus, weights, tmp_path_factory):
     """Variant -> (argv, its first step in one process). NarVid's weights come from numpy."""
     folder, steps, before = tmp_path_factory.mktemp("alone"), {}, None
-    bare = tiny.write_checkpoint(folder / "bare.pt", corpus, modules=())
+    bare = tiny.write_checkpoint(folder / "bare.pt", corpus / "clip.json", modules=())
     for name, more in VARIANTS.items():
         start = before if "titles" in more else None  # Cap4Video's second stage goes on from its first
         if name in OTHERS:

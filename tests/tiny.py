@@ -32,9 +32,12 @@ SIDE = 32  # pixels
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220), "yellow": (240, 220, 30),
            "white": (245, 245, 245), "black": (15, 15, 15), "pink": (250, 150, 190), "brown": (120, 70, 30)}
 VIDEOS = {"train": 13, "val": 9, "test": 11}
+# The vocabulary is CLIP's, so that a wide text tower would take most of the time of most tests.
 CLIP = {"embed_dim": 64,
         "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2}}
+# With a text tower as wide as the joint dimension, as OpenAI's are: methods start from copies of its blocks.
+WIDE = CLIP | {"text_cfg": CLIP["text_cfg"] | {"width": 64}}
 # Towers of other families, as files beside clip.json: a text tower that sees its padding, and a timm image tower.
 OTHER_TOWERS = {
     "siglip": {"embed_dim": 64, "custom_text": True, "init_logit_bias": -10, "vision_cfg": CLIP["vision_cfg"],
@@ -43,7 +46,7 @@ OTHER_TOWERS = {
                             "proj_bias": True, "act_kwargs": {"approximate": "tanh"}}},
     "timm": {"embed_dim": 64, "custom_text": True,
              "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": None, "image_size": 48},
-             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}}
+             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2}}}
 # Method -> the settings that train or compute something else than its defaults; a method that is not named has one.
 FORMS = {"narvid": [["--hard_loss", "hinge"], ["--hard_loss", "nce", "--freeze_layers", "-1"], ["--modules"]],
          "clip4clip": [["--head", "meanP"], ["--head", "seqLSTM", "--linear_patch", "3d"], ["--head", "seqTransf"],
@@ -74,8 +77,7 @@ def make_corpus(folder: Path) -> Path:
     _write_lines(folder / "frames" / "index.jsonl", index)
     _write_lines(folder / "narrations.jsonl", narrations)
     (folder / "titles.json").write_text(json.dumps(titles))
-    (folder / "clip.json").write_text(json.dumps(CLIP))
-    for name, config in OTHER_TOWERS.items():
+    for name, config in {"clip": CLIP, "wide": WIDE, **OTHER_TOWERS}.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
     _write_tokenizer(folder / "tokenizer")
     return folder
@@ -147,9 +149,9 @@ def flags(corpus: Path, output_dir: Path, *more) -> list[str]:
         "--lr", 1e-3, "--clip_lr", 1e-3, "--eval_batch_size", 5, "--log_every", 1, *more)]
 
 
-def write_checkpoint(path: Path, corpus: Path, modules=MODULES, seed: int = 0) -> Path:
-    """A checkpoint to start from whose every weight comes from numpy."""
-    config = clip.ClipConfig(**CLIP)
+def write_checkpoint(path: Path, clip_model: Path, modules=MODULES, seed: int = 0) -> Path:
+    """A checkpoint of the towers of a config file, to start from, whose every weight comes from numpy."""
+    config = clip.ClipConfig(**json.loads(clip_model.read_text()))
     model = NarVid(clip.build_towers(config), NarVidConfig(CLIP["embed_dim"], tuple(modules), temporal_layers=2))
     rng = np.random.RandomState(seed)
     state = model.state_dict()
@@ -159,7 +161,7 @@ def write_checkpoint(path: Path, corpus: Path, modules=MODULES, seed: int = 0) -
             values += 1
         state[name] = torch.tensor(values, dtype=torch.float32)
     state["clip.logit_scale"].fill_(np.log(1 / 0.07))
-    stored = {"clip_model": str(corpus / "clip.json"), "modules": list(modules), "temporal_layers": 2}
+    stored = {"clip_model": str(clip_model), "modules": list(modules), "temporal_layers": 2}
     torch.save({"model": state, "clip_config": asdict(config), "args": stored}, path)
     return path
 

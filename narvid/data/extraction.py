@@ -34,7 +34,7 @@ from narvid.data.videos import QUALITY, SHORT_SIDE, compress_video, decode_video
 from narvid.data.videos import SUFFIXES as EXTENSIONS
 from narvid.flags import Parser, positive, positive_float
 from narvid.parsing import fault_of, parse_json
-from narvid.progress import tqdm
+from narvid.progress import say, tqdm
 
 FAILED_NAME = "failed.jsonl"
 SMALL_INDEX_NAME = "videos.jsonl"  # of --compress; not frames.INDEX_NAME, so that neither is taken for the other
@@ -284,8 +284,8 @@ def bring_up_to_date(args: argparse.Namespace, index: Path, videos: dict[str, Pa
     replaced = [video for video, state in states.items() if "source_bytes" in done.get(video, {})
                 and {name: done[video].get(name) for name in ("source_bytes", "source_mtime")} != state]
     if replaced:
-        print(f"{len(replaced)} videos are other files than those that were extracted, and are done again: "
-              f"{min(replaced)}, ...")
+        say(f"{len(replaced)} videos are other files than those that were extracted, and are done again: "
+            f"{min(replaced)}, ...")
     for video in replaced:
         del done[video]
     jobs = [Job(video, videos[video], args.out, how, args.quality) for video in sorted(states.keys() - done.keys())]

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from narvid import InputError
+from narvid.progress import remark
 
 SHARED_MEMORY = Path("/dev/shm")  # a container has 64 MiB unless its owner asked for more
 
@@ -125,7 +126,7 @@ def _workers_that_fit(num_workers: int, batch: int) -> int:
     if not num_workers or 0 < free >= (2 * num_workers + 1) * batch:
         return num_workers
     fit = max(0, int((free / batch - 1) / 2)) if free else 0
-    print(f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and {num_workers} loader workers need "
-          f"{(2 * num_workers + 1) * batch / 2**20:,.0f} MiB for batches of {batch / 2**20:,.0f} MiB: {fit} workers "
-          "are used, which is slower; enlarge it (docker run --shm-size=16g, or --ipc=host)", file=sys.stderr)
+    remark(f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and {num_workers} loader workers need "
+           f"{(2 * num_workers + 1) * batch / 2**20:,.0f} MiB for batches of {batch / 2**20:,.0f} MiB: {fit} workers "
+           "are used, which is slower; enlarge it (docker run --shm-size=16g, or --ipc=host)")
     return fit

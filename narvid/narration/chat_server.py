@@ -22,6 +22,7 @@ from narvid.narration.answers import Failed
 from narvid.narration.captioners import MAX_NEW_TOKENS, first_line
 from narvid.narration.chat import INSTEAD, Chat, data_url, parsed
 from narvid.narration.connections import Connections
+from narvid.progress import say
 
 REQUESTS = 64  # under way at once: fewer leave a server of today waiting
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for before the next try
@@ -96,7 +97,7 @@ class ServerCaptioner:
         if refused and refused[0] not in self._chat.without:
             name, said = refused
             self._chat.without.add(name)
-            print(f"{self._chat.shown} does not take {name} ({said}): {INSTEAD[name]}", flush=True)
+            say(f"{self._chat.shown} does not take {name} ({said}): {INSTEAD[name]}")
             return self._ask(picture, key)
         return self._chat.answer(status, body)
 

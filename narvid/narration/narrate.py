@@ -32,7 +32,7 @@ from narvid.narration.journals import (Answer, Known, Shard, check_times, failed
                                        one_at_a_time, open_journal, read_known, write_out)
 from narvid.narration.pictures import SAME_FRAME, check_sees, distance, distinct_frames, made_pictures, thumbnail
 from narvid.narration.preparing import free_workers, read_picture
-from narvid.progress import tqdm
+from narvid.progress import say, tqdm
 
 
 # ---- which frames, which shard ----
@@ -45,7 +45,7 @@ def wanted_frames(args: argparse.Namespace, times: Mapping[str, list[float]]) ->
         listed = read_list(args.list)
         videos = [video for video in videos if video in listed]
         if absent := sorted(listed - set(videos)):
-            print(f"{len(absent)} listed videos have no frames in {args.frames}: {', '.join(absent[:3])}, ...")
+            say(f"{len(absent)} listed videos have no frames in {args.frames}: {', '.join(absent[:3])}, ...")
     if not videos:
         raise InputError(f"{args.frames}: no frames of any video to narrate")
     return {video: pick_frames(len(times[video]), args.max_frames or len(times[video])) for video in videos}
@@ -213,10 +213,10 @@ def narrate(args: argparse.Namespace, times: Mapping[str, list[float]], wanted: 
             said = "two different pictures, two answers"
             if any(map(is_refusal, answers)):
                 said = "the captioner refuses pictures that anybody may see; it will say so of every frame"
-            print(f"{said}: {answers[0][:60]!r}, {answers[1][:60]!r}", flush=True)
-        print(f"shard {shard.index + 1}/{shard.n}: {len(mine)} videos, {frames} frames; "
-              f"{with_sentence} have a sentence, {len(jobs)} to caption, {shared} share a neighbour's "
-              f"({shared / max(len(jobs) + shared, 1):.1%}); {maker[0]}, {args.batch_size} at once", flush=True)
+            say(f"{said}: {answers[0][:60]!r}, {answers[1][:60]!r}")
+        say(f"shard {shard.index + 1}/{shard.n}: {len(mine)} videos, {frames} frames; {with_sentence} have a sentence, "
+            f"{len(jobs)} to caption, {shared} share a neighbour's ({shared / max(len(jobs) + shared, 1):.1%}); "
+            f"{maker[0]}, {args.batch_size} at once")
         start = time.monotonic()
         workers = 0 if args.server else args.workers if args.workers is not None else free_workers(captioner.on_gpu)
         found = caption_all(jobs, captioner, journal, maker, at_once=args.batch_size, workers=workers,

@@ -6,7 +6,6 @@ Not here: flags (settings.py), training (main_task_retrieval.py).
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from narvid.data.narrations import load_narrations
 from narvid.data.titles import load_titles, with_titles
 from narvid.evaluation import Encoding
 from narvid.methods import METHODS
+from narvid.progress import remark
 from narvid.run import optim
 from narvid.run.exported import load_model
 from narvid.run.feature_cache import with_features
@@ -48,8 +48,8 @@ def build_model(args: argparse.Namespace, last: dict | None = None) -> torch.nn.
         elif stored:
             model.load_release({k.removeprefix("module."): v for k, v in stored.items()}, source)
         elif not clip.text_blocks():
-            print("the text tower has no blocks as wide as the joint dimension, or others than CLIP's: what the method "
-                  "starts from its blocks starts from random weights", file=sys.stderr)
+            remark("the text tower has no blocks as wide as the joint dimension, or others than CLIP's: what the "
+                   "method starts from its blocks starts from random weights")
     except ValueError as error:
         raise InputError(str(error)) from error
     if broken := [name for name, x in model.state_dict().items() if not x.isfinite().all()]:

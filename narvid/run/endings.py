@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 from narvid import InputError, distributed
 from narvid.files import write_json
+from narvid.progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last is what Slurm is often set to send
 AGAIN = 1.0  # seconds: what comes sooner is the first signal once more, from the terminal and from torchrun
@@ -141,5 +142,5 @@ def _leave(sentence: str, code: int, *, speaks: bool) -> None:
     if code == 1 and speaks:
         sys.exit(sentence)  # the interpreter prints it
     if speaks:
-        print(sentence, file=sys.stderr)
+        say(sentence, sys.stderr)
     sys.exit(code)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from narvid import InputError
+from narvid.progress import remark
 
 if TYPE_CHECKING:
     from narvid.search.milvus import Milvus
@@ -64,7 +64,7 @@ class Lease:
     def _wait_for_another(self) -> None:
         before, since = self._row(), time.monotonic()
         if before is not None:
-            print(f"{self.where}: looking whether {before['holder']} still writes, for {STALE:g} s", file=sys.stderr)
+            remark(f"{self.where}: looking whether {before['holder']} still writes, for {STALE:g} s")
         while (row := before) is not None and time.monotonic() - since < STALE:
             time.sleep(min(BEAT, STALE) / 4)
             if (row := self._row()) != before:

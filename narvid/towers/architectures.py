@@ -5,7 +5,6 @@ Not here: building and loading (the package itself), what stands in weights file
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from open_clip.pretrained import (download_pretrained, download_pretrained_from_
 
 from narvid import InputError
 from narvid.files import read_json
+from narvid.progress import remark
 
 ADVICE = ("say ViT-B-32, ViT-B-16, ViT-L-14, PE-Core-B-16, ViT-B-16-SigLIP2, ..., or give a path to a model config in "
           ".json or to a folder with open_clip_config.json")
@@ -160,13 +160,12 @@ def _pictures_of_tags(name: str) -> dict | None:
 
 
 def note_on_pictures(model: Model) -> None:
-    """Say to stderr that weights from a file may want other pictures than those they will get."""
+    """Remark that weights from a file may want other pictures than those they will get."""
     tags = {tag: get_pretrained_cfg(model.name, tag) for tag in list_pretrained_tags_by_model(model.name)}
     other = [tag for tag, of in tags.items() if _pictures(tag, of) != LIKE_OPENAI]
     if other:
-        print(f"{model.name}: nothing says how the pictures of these weights are made; as for OpenAI's (shortest side, "
-              f"then a crop), not as for {', '.join(other)}: if they are these, name a folder with {CONFIG}",
-              file=sys.stderr)
+        remark(f"{model.name}: nothing says how the pictures of these weights are made; as for OpenAI's (shortest "
+               f"side, then a crop), not as for {', '.join(other)}: if they are these, name a folder with {CONFIG}")
 
 
 def _pictures(name: str, said: dict) -> dict:

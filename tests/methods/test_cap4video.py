@@ -32,7 +32,7 @@ FLAGS = {"titles": None, "max_titles": T, "title_weight": 0.27, "temporal_layers
 
 def build(stage="video", *, dim=64, seed=0):
     """A model over tiny towers in float64, every weight of it random and none 0."""
-    config = clip.ClipConfig(**tiny.CLIP | {"embed_dim": dim}, quick_gelu=True)
+    config = clip.ClipConfig(**tiny.WIDE | {"embed_dim": dim}, quick_gelu=True)
     torch.manual_seed(seed)
     model = Cap4Video(clip.build_towers(config), stage=stage, **FLAGS).double()
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_stage_titles_leaves_the_video_branch_as_it_is():
 
 
 def test_stage_video_leaves_to_the_title_branch_what_clip_came_with():
-    config = clip.ClipConfig(**tiny.CLIP)
+    config = clip.ClipConfig(**tiny.WIDE)
     towers = clip.build_towers(config)
     start = towers.text_projection.detach().clone()
     model = Cap4Video(towers, stage="video", **FLAGS)

@@ -20,7 +20,7 @@ from narvid import losses
 from narvid.methods.clip2video import CLIP2Video, Queries, Videos
 
 START, END = 98, 99  # a vocabulary of 100 makes towers cheap
-TOWERS = {**tiny.CLIP, "text_cfg": {**tiny.CLIP["text_cfg"], "vocab_size": 100}}
+TOWERS = {**tiny.WIDE, "text_cfg": {**tiny.WIDE["text_cfg"], "vocab_size": 100}}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LENGTHS = [6, 2, 5, 1, 3]  # frames of five videos: all, only one coarse frame, odd, one alone
 PRECISIONS = pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])

@@ -23,7 +23,7 @@ from narvid.model import NarVid, NarVidConfig
 from narvid.similarity import match
 
 D, K, LAYERS = 64, 4, 2
-CONFIG = clip.ClipConfig(D, tiny.CLIP["vision_cfg"], {**tiny.CLIP["text_cfg"], "vocab_size": 50}, quick_gelu=True)
+CONFIG = clip.ClipConfig(D, tiny.WIDE["vision_cfg"], {**tiny.WIDE["text_cfg"], "vocab_size": 50}, quick_gelu=True)
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)  # (5, K)
 TOKENS = torch.tensor([[48, 3, 49, 0, 0], [48, 7, 7, 12, 49], [48, 49, 0, 0, 0]])  # 49 ends; (3, 5)
 FRAMES = torch.from_numpy(np.random.RandomState(1).randint(0, 256, (5, K, 3, 32, 32)).astype(np.uint8))

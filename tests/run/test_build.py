@@ -28,10 +28,11 @@ def built(argv):
 @pytest.mark.parametrize("method", WITH_BLOCKS, ids=" ".join)
 def test_blocks_keep_the_activation_of_the_tower_they_started_from(corpus, tmp_path, method):
     for flag, quick_gelu in (("--quick_gelu", True), ("--no-quick_gelu", False)):
-        model, args = built(tiny.flags(corpus, tmp_path / "run", "--method", *method, flag))
+        wide = ("--clip_model", corpus / "wide.json")
+        model, args = built(tiny.flags(corpus, tmp_path / "run", *wide, "--method", *method, flag))
         assert quick_gelus(model) == {quick_gelu}
         stored = {"model": model.state_dict(), "clip_config": asdict(model.clip.config), "args": vars(args)}
-        again = tiny.flags(corpus, tmp_path / "run", "--checkpoint", tmp_path / "start.pt")
+        again = tiny.flags(corpus, tmp_path / "run", *wide, "--checkpoint", tmp_path / "start.pt")
         torch.save(stored, tmp_path / "start.pt")
         assert quick_gelus(built(again)[0]) == {quick_gelu}
         del stored["clip_config"]["temporal_quick_gelu"]  # as in every checkpoint before this field

@@ -149,7 +149,7 @@ def test_another_model_config_or_start_is_refused_by_name(broken, corpus, tmp_pa
     (tmp_path / "clip.json").write_text(json.dumps(flipped))
     assert "--clip_model " in said(data, run, *flags, "--clip_model", tmp_path / "clip.json")
     (tmp_path / "same.json").write_text(json.dumps(json.loads((corpus / "clip.json").read_text()), indent=3))
-    other = tiny.write_checkpoint(tmp_path / "other.pt", corpus, seed=3)
+    other = tiny.write_checkpoint(tmp_path / "other.pt", corpus / "clip.json", seed=3)
     message = said(data, run, *flags, "--clip_model", tmp_path / "same.json", "--checkpoint", other)
     assert "--checkpoint " in message and "--clip_model" not in message
 
@@ -381,6 +381,12 @@ def test_a_run_whose_output_nobody_reads_goes_on(corpus, tmp_path):
     assert "S_fusion" in (tmp_path / "run" / "log.txt").read_text() and (tmp_path / "run" / "best.pt").exists()
 
 
+def test_a_stopped_run_whose_output_nobody_reads_keeps_its_exit_code(corpus, tmp_path):
+    """By which a cluster's script knows that it must be started again."""
+    argv = tiny.flags(corpus, tmp_path / "run", *FLAGS, "--save_every", 1)
+    assert tiny.wait(tiny.start(signal_while_saving, argv, log=Path("/dev/full"))) == 143
+
+
 def signal_while_saving(argv):
     """main(argv): one SIGTERM in the middle of the first last.pt, and the checkpoint must be whole all the same."""
     real = torch.save
@@ -554,11 +560,12 @@ def torchrun(argv, **more):
 
 def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     """torchrun's own report cannot be kept from being printed; it ends with the sentence."""
+    wide = ("--clip_model", corpus / "wide.json")  # of others there is a remark first
     edited = Path(shutil.copytree(corpus, tmp_path / "data"))
     CHANGES["a line less"][0](edited)
     with open(edited / "train.jsonl", "a") as file:
         file.write('{"video": "nowhere", "query": "a dog"}\n')
-    for argv, words in ((tiny.flags(edited, tmp_path / "run"), "video nowhere has no frames"),
+    for argv, words in ((tiny.flags(edited, tmp_path / "run", *wide), "video nowhere has no frames"),
                         (tiny.flags(corpus, tmp_path / "run", "--lr", "much"), "argument --lr: invalid number")):
         process = torchrun(argv)
         printed = [line for line in process.communicate(timeout=120)[0].strip().splitlines()

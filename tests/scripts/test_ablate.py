@@ -61,7 +61,7 @@ def test_every_row_differs_from_the_preset_where_its_table_says(corpus):
 def test_rows_are_trained_from_the_same_towers_once_and_tabulated(corpus, tmp_path, monkeypatch):
     towers = tmp_path / "towers"
     towers.mkdir()
-    tiny.write_checkpoint(towers / "best.pt", corpus)
+    tiny.write_checkpoint(towers / "best.pt", corpus / "clip.json")
     preset = tmp_path / "preset.yaml"
     preset.write_text("filter_p: 0.9\n")
     trained = []
