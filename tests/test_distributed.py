@@ -4,10 +4,7 @@ Where everything is float64 and nothing is random, "equal" means to 1e-9; the re
 """
 
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import tiny
@@ -23,8 +20,6 @@ from narvid.model import Queries, Videos
 from narvid.towers.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_ranks(world_size, function, *args, log):
@@ -223,31 +218,18 @@ def test_one_process_needs_no_group():
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 
-def torchrun(world_size, *argv):
-    """python -m torch.distributed.run main_task_retrieval.py -> (exit code, all that was printed)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size),
-               str(ROOT / "main_task_retrieval.py"), *argv]
-    done = subprocess.run(command, check=False, timeout=120, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout
-
-
-def test_torchrun_gives_the_run_of_one_process(corpus, weights, tmp_path):
+def test_two_processes_give_the_run_of_one(corpus, weights, tmp_path):
     def argv(run):
         return tiny.flags(corpus, tmp_path / run, "--checkpoint", weights, "--dropout", 0, "--exclude_same_video",
                           "--qb_norm_queries", 1, "--dsl_scale", 10)
 
     trainer.main(argv("one"))
-    code, printed = torchrun(2, *argv("two"))
-    assert code == 0, printed
+    run_ranks(2, trainer.main, argv("two"), log=tmp_path / "log")  # torchrun itself starts runs in run/test_runs.py
     assert tiny.losses(tmp_path / "two") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-4)
     assert tiny.results(tmp_path / "two") == tiny.results(tmp_path / "one")
     one, two = (torch.load(tmp_path / run / "last.pt")["model"] for run in ("one", "two"))
     # Adam turns rounding into steps where a gradient is 0 (biases before a softmax), so weights are only near.
     assert max((one[name] - two[name]).abs().max() for name in one) < 5e-3
-
-
-# Not even torchrun is needed for these two: the others notice that the connection is closed.
 
 
 def test_refusal_by_rank_0_ends_all(corpus, tmp_path):

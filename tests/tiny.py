@@ -9,7 +9,9 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import socket
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -225,6 +227,7 @@ _processes.set_forkserver_preload(["pytest", "torch.distributed", "main_task_ret
 
 def start(function, *args, log: Path, **environment: str) -> multiprocessing.Process:
     """function(*args) in a process of its own; what it prints goes to `log`."""
+    log.touch()
     process = _processes.Process(target=_run, args=(function, args, log, environment))
     process.start()
     return process
@@ -237,6 +240,18 @@ def _run(function, args, log, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
     function(*args)
+
+
+def python(*argv) -> None:
+    """For `start`: what `python argv` does, a script or -m and a module, without the seconds of importing torch."""
+    sys.argv = [str(word) for word in argv]
+    sys.stdout.reconfigure(line_buffering=True)
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start_ranks(world_size: int, function, *args, log: Path) -> list[multiprocessing.Process]:

@@ -8,8 +8,6 @@ tested is the path, not the figures, so people's own captions stand in for a cap
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,12 +24,12 @@ pytestmark = [pytest.mark.slow,
                                  reason=f"no MSR-VTT in {REAL}; set NARVID_REAL_DATA")]
 
 
-def command(*argv) -> str:
-    """python argv, from the checkout -> what it printed; anything but exit status 0 fails the test with that."""
-    done = subprocess.run([sys.executable, *map(str, argv)], check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def command(log: Path, *argv) -> str:
+    """python argv -> what it printed; anything but exit status 0 fails the test with that."""
+    log.unlink(missing_ok=True)
+    code = tiny.wait(tiny.start(tiny.python, *argv, log=log), timeout=180)
+    assert code == 0, log.read_text()
+    return log.read_text()
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -53,21 +51,23 @@ def narrate(data: Path) -> None:
 
 
 def test_real_clips_from_official_files_to_a_table(tmp_path):
-    data, run = tmp_path / "msrvtt", tmp_path / "run"
-    command("data/prepare_msrvtt.py", "--annotations", REAL / "annotations", "--protocol", "9k", "--out", data,
-            "--videos", REAL / "videos", "--drop_missing", "--allow_partial")
+    data, run, log = tmp_path / "msrvtt", tmp_path / "run", tmp_path / "log"
+    command(log, ROOT / "data" / "prepare_msrvtt.py", "--annotations", REAL / "annotations", "--protocol", "9k",
+            "--out", data, "--videos", REAL / "videos", "--drop_missing", "--allow_partial")
     train, test = read_lines(data / "train.jsonl"), read_lines(data / "test.jsonl")
     clips = list(dict.fromkeys(entry["video"] for entry in train))
     assert len(train) == 20 * len(clips) and clips and test
 
-    command("scripts/extract_frames.py", "--videos", REAL / "videos", "--out", data / "frames", "--workers", 1)
+    command(log, ROOT / "scripts" / "extract_frames.py", "--videos", REAL / "videos", "--out", data / "frames",
+            "--workers", 1)
     index = {entry["video"]: entry["times"] for entry in read_lines(data / "frames" / "index.jsonl")}
     assert index.keys() == {p.stem for p in (REAL / "videos").iterdir()}
     for video, times in index.items():
         assert len(times) == len(list((data / "frames" / video).glob("*.jpg"))) > 5 and times[:2] == [0.0, 1.0], video
 
     narrate(data)
-    printed = command("-m", "narvid.narration", "check", data / "narrations.jsonl", "--frames", data / "frames")
+    printed = command(log, "-m", "narvid.narration", "check", data / "narrations.jsonl", "--frames",
+                      data / "frames")
     assert f"{len(index)} narrations; captioner: people" in printed and "100.00%" in printed
 
     kept = [entry for i, entry in enumerate(train) if i % 20 < CAPTIONS]
@@ -76,8 +76,8 @@ def test_real_clips_from_official_files_to_a_table(tmp_path):
     towers = [tmp_path / "towers.json"]
     if WEIGHTS:
         towers = ["ViT-B-32", "--clip_pretrained", WEIGHTS, "--freeze_layers", 11]
-    printed = command("main_task_retrieval.py", "--data_dir", data, "--output_dir", run, "--clip_model", *towers,
-                      "--modules", "NM", "CMI", "QAF", "CVH", "--exclude_same_video", "--max_frames", 2,
+    printed = command(log, ROOT / "main_task_retrieval.py", "--data_dir", data, "--output_dir", run, "--clip_model",
+                      *towers, "--modules", "NM", "CMI", "QAF", "CVH", "--exclude_same_video", "--max_frames", 2,
                       "--max_words", 16, "--epochs", 1, "--batch_size", 16, "--precision", "fp32",
                       "--num_workers", 0, "--log_every", 1, "--save_similarity")
     losses = tiny.losses(run)

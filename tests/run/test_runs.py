@@ -565,16 +565,24 @@ def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     CHANGES["a line less"][0](edited)
     with open(edited / "train.jsonl", "a") as file:
         file.write('{"video": "nowhere", "query": "a dog"}\n')
-    for argv, words in ((tiny.flags(edited, tmp_path / "run", *wide), "video nowhere has no frames"),
-                        (tiny.flags(corpus, tmp_path / "run", "--lr", "much"), "argument --lr: invalid number")):
-        process = torchrun(argv)
-        printed = [line for line in process.communicate(timeout=120)[0].strip().splitlines()
-                   if not line.startswith("[Gloo]")]  # torch 2.8 greets
-        assert process.returncode == 1
-        sentences = [line for line in printed if words in line]
-        assert printed[0] == sentences[0] and printed[0].startswith("error: ")
-        assert set(printed[-1]) == {"="} and words in printed[-2]  # the end of torchrun's frame
-        assert sum(line.startswith("error: ") for line in printed) == 1  # one rank spoke
+    process = torchrun(tiny.flags(edited, tmp_path / "run", *wide))
+    printed = [line for line in process.communicate(timeout=120)[0].strip().splitlines()
+               if not line.startswith("[Gloo]")]  # torch 2.8 greets
+    assert process.returncode == 1
+    words = "video nowhere has no frames"
+    sentences = [line for line in printed if words in line]
+    assert printed[0] == sentences[0] and printed[0].startswith("error: ")
+    assert set(printed[-1]) == {"="} and words in printed[-2]  # the end of torchrun's frame
+    assert sum(line.startswith("error: ") for line in printed) == 1  # one rank spoke
+
+
+def test_a_mistaken_flag_is_one_sentence_of_all_ranks(corpus, tmp_path):
+    argv = tiny.flags(corpus, tmp_path / "run", "--lr", "much")
+    started = tiny.start_ranks(2, trainer.main, argv, log=tmp_path / "log")
+    assert [tiny.wait(process) for process in started] == [1, 1]
+    said = [line for rank in range(2) for line in (tmp_path / f"log.{rank}").read_text().splitlines()
+            if not line.startswith("[Gloo]")]
+    assert len(said) == 1 and "argument --lr: invalid number" in said[0]
 
 
 def test_ctrl_c_on_torchrun_saves_and_one_rank_says_so(corpus, tmp_path):

@@ -4,10 +4,10 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,10 +183,10 @@ def test_a_preset_with_an_unknown_method_flag_or_value_is_one_sentence(data, tmp
     assert message.startswith("error: ") and "mine.yaml" in message and "\n" not in message
 
 
-def test_from_the_shell(data):
-    command = [sys.executable, ROOT / "scripts" / "check_data.py", "msvd", "--data_dir", data]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=data)
-    assert run.stdout.endswith("next: bash scripts/train_msvd.sh\n")
+def test_from_the_shell(data, tmp_path):
+    script = ROOT / "scripts" / "check_data.py"
+    assert tiny.wait(tiny.start(tiny.python, script, "msvd", "--data_dir", data, log=tmp_path / "log")) == 0
+    assert (tmp_path / "log").read_text().endswith("next: bash scripts/train_msvd.sh\n")
 
 
 # ---- the presets and scripts it points to ----

@@ -11,8 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +20,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import tiny
 import torch
 
 from narvid.data.narrations import load_narrations
@@ -189,15 +188,14 @@ def test_a_watched_folder_shows_in_a_running_page(demo, run, tmp_path):
     videos, index = tmp_path / "videos", tmp_path / "index"
     videos.mkdir()
     shutil.copy(demo / "videos" / "video0.mp4", videos)
-    python = [sys.executable, "-u", "-m", "narvid.search"]
-    here = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE}
-    watching = subprocess.Popen([*python, "index", videos, "--out", index, "--checkpoint", run, "--watch", "--every",
-                                 "0.2"], **here)
+    command, logs = (tiny.python, "-m", "narvid.search"), [tmp_path / name for name in ("watching", "serving")]
+    watching = tiny.start(*command, "index", videos, "--out", index, "--checkpoint", run, "--watch", "--every", "0.2",
+                          log=logs[0])
     try:
-        assert any("watching, Ctrl-C ends it" in line for line in watching.stdout)
-        serving = subprocess.Popen([*python, "serve", index, "--port", "0"], **here)
+        wait_for(lambda: "watching, Ctrl-C ends it" in logs[0].read_text())
+        serving = tiny.start(*command, "serve", index, "--port", "0", log=logs[1])
         try:
-            assert "Ctrl-C ends it" in serving.stdout.readline()
+            wait_for(lambda: "Ctrl-C ends it" in logs[1].read_text())
             client = wait_for(lambda: Client.find(index))
             assert [a.path for a in client.search(QUERY)] == ["video0.mp4"]
             shutil.copy(demo / "videos" / "video1.mp4", videos)
@@ -208,12 +206,12 @@ def test_a_watched_folder_shows_in_a_running_page(demo, run, tmp_path):
                 (videos / "video1.srt").write_text(f"1\n00:00:00,500 --> 00:00:01,500\n{words}\n")
                 wait_for(lambda: (said := client.search(words)[0].said) and said.text == words)
         finally:
-            serving.send_signal(signal.SIGINT)
-            serving.wait(60)
+            os.kill(serving.pid, signal.SIGINT)
+            tiny.wait(serving)
     finally:
         watching.terminate()
-        rest = watching.communicate(timeout=60)[0]
-    assert watching.returncode == 0 and "1 files new" in rest and f"stopped; {index} is whole" in rest
+        code, said = tiny.wait(watching), logs[0].read_text()
+    assert code == 0 and "1 files new" in said and f"stopped; {index} is whole" in said
     with Store(index) as store:  # nobody holds it any more
         assert [file.path for file in store.files()] == ["video1.mp4"]
 
