@@ -1,24 +1,30 @@
 """What every test shares: the checkout on the path, one thread, and the tiny corpus with its weights (tiny.py)."""
 
+import gc
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+gc.disable()  # until all is imported: nothing of it is garbage, and looking takes a quarter of the time
 HERE = Path(__file__).resolve().parent
 # Tests of one folder use helpers that stand in tests of another.
 sys.path[:0] = [str(folder) for folder in (HERE.parent, HERE, *sorted(HERE.glob("[a-z]*/")))]
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and of the processes that tests start
 
 
 def pytest_collection_modifyitems(items):
     """What takes longest first, file by file, so that no process is left alone with it at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

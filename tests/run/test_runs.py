@@ -298,6 +298,11 @@ def test_a_signal_in_an_evaluation_or_before_the_first_step(corpus, evaluated, t
     assert_same_run(evaluated, run)
 
 
+def look_often():
+    """torch looks every 5 seconds whether its workers live; here every half second."""
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.5,)
+
+
 def kill_in_an_evaluation(argv, number):
     """main(argv), whose first evaluation loses a process that loads frames."""
     def first(loader, **how):
@@ -306,12 +311,14 @@ def kill_in_an_evaluation(argv, number):
         [os.kill(child.pid, number) for child in multiprocessing.active_children() if child not in before]
         return bar(batches, **how)
 
+    look_often()
     bar, evaluation.tqdm = evaluation.tqdm, first
     trainer.main(argv)
 
 
 def kill_a_worker(argv, number):
     """main(argv), whose loader loses a process in the second step, as the system does it where memory ends."""
+    look_often()
     step, taken = trainer.train_step, []
 
     def one(*args):

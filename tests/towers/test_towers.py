@@ -286,7 +286,7 @@ CANNOT_BE_BUILT = {json.dumps({"embed_dim": 64, "vision_cfg": SMALL["vision_cfg"
     ({"layers": 2.5}, {}, {}, "layers"), ({"widht": 64}, {}, {}, "widht"), ({}, {"heads": 7}, {}, "cannot be built"),
     ({}, {"heads": 0}, {}, "cannot be built"), ({}, {"width": -64}, {}, "below 0"),
     ({}, {}, {"embed_dim": "64"}, "built"),
-    ({}, {}, {"vision_cfg": [1]}, "objects"), ({"width": 199_936, "layers": 1000}, {}, {}, "too many"),
+    ({}, {}, {"vision_cfg": [1]}, "objects"), ({"width": 199_936}, {}, {}, "too many"),
     ({}, {"width": 0, "heads": 1}, {}, "cannot be built"), ({}, {}, {"embed_dim": 0}, "cannot be built"),
     ({"timm_model_name": "nothing"}, {}, {}, "timm"),
     ({"image_size": "32"}, {}, {}, "image side"), ({"image_size": 33}, {}, {}, "image side"),
