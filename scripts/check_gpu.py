@@ -98,8 +98,9 @@ def first_steps(work: Work) -> Iterator[tuple[str, tiny.FirstStep]]:
     """Every form of every trained method before its first step, dropout off; a second stage goes on from its first."""
     before = None
     for form in tiny.TRAINED:
-        start = ["--checkpoint", before] if "titles" in form else []
-        step = tiny.first_step(tiny.flags(work.corpus, work.folder / "unused", *form, *start))
+        more = ["--clip_model", work.corpus / "wide.json"]  # methods start from its blocks, as from those of OpenAI
+        more += ["--checkpoint", before] if "titles" in form else []
+        step = tiny.first_step(tiny.flags(work.corpus, work.folder / "unused", *form, *more))
         for module in step.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
