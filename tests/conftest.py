@@ -21,8 +21,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_collection_finish():
-    """What is there now stays to the end."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """All is imported, and what is there now stays to the end."""
     gc.freeze()
     gc.enable()
 

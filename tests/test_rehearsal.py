@@ -27,7 +27,7 @@ from scripts import check_gpu
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("--epochs", 1, "--dsl_scale", 10, "--qb_norm_queries", 4, "--eval_batch_size", 16)
+SHORT = ("--epochs", 1, "--dsl_scale", 10, "--qb_norm_queries", 4)
 METHOD_RUNS = {" ".join(form[1:]).replace("--", ""): (*form, "--select_on", "last") for form in tiny.TRAINED}
 METHOD_RUNS |= {method: ("--method", method) for method in METHODS if not METHODS[method].trained}
 # Two ranks: the first form of each method, which all gather alike.

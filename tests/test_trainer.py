@@ -35,7 +35,7 @@ def full_run(corpus, tmp_path_factory):
     """An ordinary run with all that the final evaluation can add -> (what main returned, its folder)."""
     folder = tmp_path_factory.mktemp("full") / "run"
     returned = trainer.main(tiny.flags(corpus, folder, "--save_similarity", "--dsl_scale", 20, "--qb_norm_queries", 7,
-                                       "--fusion_weight", 0.3, "--seed", 6))
+                                       "--fusion_weight", 0.3, "--clip_model", corpus / "wide.json"))
     return returned, folder
 
 

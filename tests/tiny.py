@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -262,6 +263,14 @@ def start_ranks(world_size: int, function, *args, log: Path) -> list[multiproces
     return [start(function, *args, log=log.with_name(f"{log.name}.{rank}"), RANK=str(rank), LOCAL_RANK=str(rank),
                   WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             for rank in range(world_size)]
+
+
+def torchrun(argv, **more) -> subprocess.Popen:
+    """The trainer on two ranks as people start it; what it prints comes in one pipe."""
+    script = Path(__file__).resolve().parents[1] / "main_task_retrieval.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, *argv]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            **more)
 
 
 def wait(process: multiprocessing.Process, timeout: float = 60) -> int:

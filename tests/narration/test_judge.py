@@ -98,12 +98,18 @@ def test_repeats_across_videos_and_letters_by_script():
 
 
 @pytest.fixture(scope="module")
+def weights(corpus, tmp_path_factory):
+    """As everywhere, over towers whose texts lie further apart."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("weights") / "start.pt", corpus / "wide.json")
+
+
+@pytest.fixture(scope="module")
 def towers(corpus, weights, tmp_path_factory):
     """Flags of the tiny towers, from a bare state dict."""
     state = load_checkpoint(weights)["model"]
     path = tmp_path_factory.mktemp("towers") / "towers.pt"
     torch.save({key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}, path)
-    return ["--towers", str(corpus / "clip.json"), "--clip_pretrained", str(path), "--no-quick_gelu"]
+    return ["--towers", str(corpus / "wide.json"), "--clip_pretrained", str(path), "--no-quick_gelu"]
 
 
 def run(corpus, *more):
@@ -145,7 +151,7 @@ def test_two_files_stand_side_by_side_on_the_same_videos(corpus, towers, tmp_pat
     first, second = judge.main([*files, "--frames", str(corpus / "frames"), *towers])
     assert first.row["videos"] == second.row["videos"] == 20
     assert (second.row["refused"], second.row["repeated"], second.row["differ"]) == (1, 1, pytest.approx(0, abs=1e-5))
-    assert first.row["differ"] > 0.001 and "mute" in capsys.readouterr().out
+    assert first.row["differ"] > 0.01 and "mute" in capsys.readouterr().out
 
 
 def test_a_checkpoint_judges_with_its_own_towers(corpus, weights, towers):

@@ -27,8 +27,8 @@ def built(argv):
 
 @pytest.mark.parametrize("method", WITH_BLOCKS, ids=" ".join)
 def test_blocks_keep_the_activation_of_the_tower_they_started_from(corpus, tmp_path, method):
+    wide = ("--clip_model", corpus / "wide.json")
     for flag, quick_gelu in (("--quick_gelu", True), ("--no-quick_gelu", False)):
-        wide = ("--clip_model", corpus / "wide.json")
         model, args = built(tiny.flags(corpus, tmp_path / "run", *wide, "--method", *method, flag))
         assert quick_gelus(model) == {quick_gelu}
         stored = {"model": model.state_dict(), "clip_config": asdict(model.clip.config), "args": vars(args)}

@@ -11,8 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -558,13 +556,6 @@ def kill_both(argv):
     stop_after(2, argv, signal.SIGKILL)
 
 
-def torchrun(argv, **more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "main_task_retrieval.py"), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
-
-
 def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     """torchrun's own report cannot be kept from being printed; it ends with the sentence."""
     wide = ("--clip_model", corpus / "wide.json")  # of others there is a remark first
@@ -572,7 +563,7 @@ def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     CHANGES["a line less"][0](edited)
     with open(edited / "train.jsonl", "a") as file:
         file.write('{"video": "nowhere", "query": "a dog"}\n')
-    process = torchrun(tiny.flags(edited, tmp_path / "run", *wide))
+    process = tiny.torchrun(tiny.flags(edited, tmp_path / "run", *wide))
     printed = [line for line in process.communicate(timeout=120)[0].strip().splitlines()
                if not line.startswith("[Gloo]")]  # torch 2.8 greets
     assert process.returncode == 1
@@ -583,19 +574,27 @@ def test_under_torchrun_the_sentence_stands_first_and_last(corpus, tmp_path):
     assert sum(line.startswith("error: ") for line in printed) == 1  # one rank spoke
 
 
+def with_report(argv, folder):
+    """main(argv), as torchrun starts it: what each rank leaves in a file of its own, torchrun prints at the end."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"report{os.environ['RANK']}")
+    trainer.main(argv)
+
+
 def test_a_mistaken_flag_is_one_sentence_of_all_ranks(corpus, tmp_path):
     argv = tiny.flags(corpus, tmp_path / "run", "--lr", "much")
-    started = tiny.start_ranks(2, trainer.main, argv, log=tmp_path / "log")
+    started = tiny.start_ranks(2, with_report, argv, tmp_path, log=tmp_path / "log")
     assert [tiny.wait(process) for process in started] == [1, 1]
-    said = [line for rank in range(2) for line in (tmp_path / f"log.{rank}").read_text().splitlines()
-            if not line.startswith("[Gloo]")]
-    assert len(said) == 1 and "argument --lr: invalid number" in said[0]
+    (said,) = [line for rank in range(2) for line in (tmp_path / f"log.{rank}").read_text().splitlines()
+               if not line.startswith("[Gloo]")]
+    assert said.startswith("error: ") and "argument --lr: invalid number" in said
+    reports = [json.loads((tmp_path / f"report{rank}").read_text()) for rank in range(2)]
+    assert [report["message"]["message"] for report in reports] == [said, said]
 
 
 def test_ctrl_c_on_torchrun_saves_and_one_rank_says_so(corpus, tmp_path):
     """A terminal sends it to all processes at once, and torchrun once more to its workers."""
     argv = tiny.flags(corpus, tmp_path / "run", *FLAGS, "--epochs", 500, "--num_workers", 1)
-    process = torchrun(argv, start_new_session=True)
+    process = tiny.torchrun(argv, start_new_session=True)
     deadline, log = time.monotonic() + 120, tmp_path / "run" / "log.txt"
     while not (log.exists() and " step 2/2 " in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -183,9 +183,14 @@ def test_a_preset_with_an_unknown_method_flag_or_value_is_one_sentence(data, tmp
     assert message.startswith("error: ") and "mine.yaml" in message and "\n" not in message
 
 
+def elsewhere(folder, *argv):
+    os.chdir(folder)
+    tiny.python(*argv)
+
+
 def test_from_the_shell(data, tmp_path):
-    script = ROOT / "scripts" / "check_data.py"
-    assert tiny.wait(tiny.start(tiny.python, script, "msvd", "--data_dir", data, log=tmp_path / "log")) == 0
+    command = (ROOT / "scripts" / "check_data.py", "msvd", "--data_dir", data)
+    assert tiny.wait(tiny.start(elsewhere, data, *command, log=tmp_path / "log")) == 0
     assert (tmp_path / "log").read_text().endswith("next: bash scripts/train_msvd.sh\n")
 
 

@@ -210,8 +210,8 @@ def test_a_watched_folder_shows_in_a_running_page(demo, run, tmp_path):
             tiny.wait(serving)
     finally:
         watching.terminate()
-        code, said = tiny.wait(watching), logs[0].read_text()
-    assert code == 0 and "1 files new" in said and f"stopped; {index} is whole" in said
+        code, rest = tiny.wait(watching), logs[0].read_text().partition("watching, Ctrl-C ends it")[2]
+    assert code == 0 and "1 files new" in rest and f"stopped; {index} is whole" in rest
     with Store(index) as store:  # nobody holds it any more
         assert [file.path for file in store.files()] == ["video1.mp4"]
 

@@ -39,19 +39,21 @@ CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(weights, tmp_path_factory):
+def checkpoint(corpus, tmp_path_factory):
     """The tiny NarVid with flags that say how it is evaluated; p keeps more than one frame."""
-    stored = torch.load(weights, weights_only=True)
+    folder = tmp_path_factory.mktemp("run")
+    stored = torch.load(tiny.write_checkpoint(folder / "start.pt", corpus / "wide.json"), weights_only=True)
     stored["args"] |= {"max_frames": 6, "max_words": 24, "precision": "fp32", "filter_p": 0.9, "fusion_weight": 0.6}
-    torch.save(stored, path := tmp_path_factory.mktemp("run") / "best.pt")
+    (folder / "start.pt").unlink()
+    torch.save(stored, path := folder / "best.pt")
     return path
 
 
 @pytest.fixture(scope="module")
 def measured(corpus, checkpoint):
     """What evaluation makes of the test split: (split, videos, scores, encoding)."""
-    args = trainer.parse_args([*tiny.flags(corpus, "unused"), "--eval_only", "--checkpoint", str(checkpoint),
-                               "--eval_batch_size", "4"])
+    args = trainer.parse_args(tiny.flags(corpus, "unused", "--clip_model", corpus / "wide.json", "--eval_only",
+                                         "--checkpoint", checkpoint, "--eval_batch_size", 4))
     model = trainer.build_model(args)
     split = trainer.load_data(args, WORLD)["test"]
     encoding = trainer.encoding_of(model.eval(), args, WORLD)

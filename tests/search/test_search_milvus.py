@@ -318,7 +318,7 @@ def of_b(store):
     return next(file.id for file in store.files() if file.path == "b.mp4")
 
 
-EVERY_STEP = int(os.environ.get("NARVID_KILL_STRIDE", 15))  # 1 kills at each call of Milvus: minutes
+EVERY_STEP = int(os.environ.get("NARVID_KILL_STRIDE", 9))  # 1 kills at each call of Milvus: minutes
 
 
 @pytest.mark.parametrize("what", ["new", "changed", "moved", "removed", "heard", "silent", "deaf"])
