@@ -26,7 +26,7 @@ import numpy as np
 from narvid import InputError
 from narvid.files import appending, lock, read_json_lines, write_text
 from narvid.flags import Parser, WithDefaults, count, positive
-from narvid.progress import tqdm
+from narvid.progress import say
 from narvid.report.comparison import difference, read_side, samples, spread
 from narvid.report.drawing import draw_sweeps, pyplot
 from narvid.report.figures import NO_DIFFERENCE, read_run, sweep_data, write
@@ -156,13 +156,13 @@ def train(args: argparse.Namespace, left: dict[str, list[str]], where: list[Plac
         still.remove(run.name)
         if run.said:
             failed[run.name] = run.said
-            tqdm.write(f"{args.out / run.name}: failed: {run.said}")
+            say(f"{args.out / run.name}: failed: {run.said}")
             return
         if run.name in fresh:  # of the others a part of the time is not known
             with appending(args.out / JOURNAL) as file:
                 file.write(json.dumps({"run": run.name, "seconds": round(run.seconds, 1)}) + "\n")
         if still:
-            tqdm.write(f"{args.out / run.name}: ended; {how_long(still, seconds_of_runs(args.out), len(where))}")
+            say(f"{args.out / run.name}: ended; {how_long(still, seconds_of_runs(args.out), len(where))}")
 
     train_all(left, where, ended=ended)
     return failed

@@ -28,7 +28,7 @@ from narvid.narration.captioners import LocalCaptioner
 from narvid.narration.chat_server import ServerCaptioner
 from narvid.narration.transcribe import Transcriber
 from narvid.flags import Parser, command, count, number, positive, positive_float
-from narvid.progress import tqdm
+from narvid.progress import say
 from narvid.search.answers import as_dict, clock, printable
 from narvid.search.folders import folders_of, place
 from narvid.search.parts import Part, parse, parse_arguments, written
@@ -217,8 +217,7 @@ def index_videos(args: argparse.Namespace) -> None:
 
 def said_at(line: str) -> None:
     """A line, with the time."""
-    tqdm.write(f"{datetime.now():%H:%M:%S}  {printable(line)}")
-    sys.stdout.flush()
+    say(f"{datetime.now():%H:%M:%S}  {printable(line)}")
 
 
 def towers_of(args: argparse.Namespace) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ from narvid.narration.captioners import Captioner
 from narvid.narration.pictures import SAME_FRAME, distinct_frames
 from narvid.data.frames import read_frames
 from narvid.data.videos import SHORT_SIDE
-from narvid.progress import tqdm
+from narvid.progress import say, tqdm
 from narvid.search.answers import printable
 from narvid.search.engine import measure_level
 from narvid.search.folders import as_settings, choose, find, name_of, place, place_of
@@ -340,7 +340,7 @@ def index_files(
         for path, at, clip in tqdm(zip(paths, places, clips, strict=True), "index", len(paths), unit=" files"):
             if isinstance(clip, InputError):
                 why = str(clip).replace(one_line(at), one_line(path))
-                tqdm.write(f"skipped: {printable(why)}")
+                say(f"skipped: {printable(why)}")
                 store.fail_file(path, *status[path], why)
             else:
                 index_file(store, path, status[path], clip, narrator, embedder)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from narvid import InputError, one_line
-from narvid.progress import tqdm
+from narvid.progress import say
 from narvid.search.milvus_lease import Lease
 
 PREFIX, TOKEN = "milvus:", "NARVID_MILVUS_TOKEN"
@@ -294,7 +294,7 @@ class Milvus:
                         raise
                     elif not said and self._strong:
                         said = True
-                        tqdm.write(f"{self.where} does not answer; it is asked again for {PATIENCE:g} s")
+                        say(f"{self.where} does not answer; it is asked again for {PATIENCE:g} s")
             if load:
                 self._load(args[0].removeprefix(f"{self.place.name}_"))
             else:

@@ -23,7 +23,7 @@ from narvid.data.decoding import sound_of
 from narvid.narration.speech import tag_of, video_of
 from narvid.narration.subtitles import TEXT_FILES, Timed, has_text_track, read_sentences
 from narvid.narration.transcribe import RATE, Transcriber
-from narvid.progress import tqdm
+from narvid.progress import say, tqdm
 from narvid.search.answers import printable
 from narvid.search.folders import place_of
 from narvid.search.store import Store
@@ -89,7 +89,7 @@ def index_speech(store: Store, paths: Iterable[str], embedder: Embedder, hearing
             said = transcriber.sentences(sound)  # a model that cannot be loaded ends the run
         said, note = utterances(within(said, file.seconds)), printable(note)
         if note:
-            tqdm.write(f"{printable(file.path)}: {note}")
+            say(f"{printable(file.path)}: {note}")
         texts = [text for _, _, text in said]
         vectors = embedder.text_vectors(texts) if texts else np.zeros((0, 1), np.float32)
         store.speech.put(file.id, mark, note, said, vectors)
